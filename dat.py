@@ -1,0 +1,1127 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14", "numpy", "pytest", "hypothesis", "Pillow", "matplotlib"]
+# ///
+"""DAT in one file: Vision Transformer with Deformable Attention (Xia et al., CVPR 2022).
+
+    python dat.py --train shapes      # generated figures, no download: two minutes on two cores
+    python dat.py --train cifar10     # downloads the archive once, trains, reports test accuracy
+    pytest                            # the properties, and parity with reference_numpy.py
+
+Paper: https://arxiv.org/abs/2201.00520. Map from its equations to the names here:
+
+    (1)-(3)  multi-head attention          attend
+    (4)-(5)  pre-norm transformer block    Block.forward
+    (6)      q, k~, v~                     DeformableAttention.project
+    (7)      offsets, s tanh, points       OffsetNetwork, DeformableAttention.points
+    (8)      bilinear sampling phi         bilinear_sample
+    (9)      relative-bias interpolation   DeformableAttention.position_bias
+    (10)     cost of one attention         deformable_attention_macs
+    Sec. 3.3 stages, patch embedding       DAT, Stage, Projection;  Tab. 1 variants: VARIANTS
+    Swin     windows and shifted windows   WindowAttention
+
+Symbols, in code and shape comments (features are channels-last everywhere):
+
+    B batch   H W map height, width   C channels   M heads   G offset groups   d = C / M
+    N = H W queries   Hk Wk grid of sampling points, r = H / Hk   K = Hk Wk keys   w window side
+    s offset range   Coordinates are (y, x) in pixels of the map: 0 is the centre of the first
+    pixel, H - 1 that of the last.
+
+Departures from the paper [P] and from the authors' release at 566a593 [R]:
+
+    [D1] geometry="paper" puts r = 1 reference points on whole pixels, so a zero offset reads the
+         map itself; the release's points fall between pixels and blur. "release" is kept for the
+         authors' weights. [R]
+    [D2] Any image size: maps are padded at the bottom and right when patches are cut, windows at
+         the border hold fewer tokens, position tables are resized bicubically. [P, R]
+    [D3] Shifted windows are cut at ceil(w / 2), like the release (Swin: floor), as windows of a
+         map extended on all sides: no cyclic roll, and what is outside is masked out. [P]
+    [D4] The offset network has the release's LayerNorm before GELU. [P]
+    [D5] offsets=False and position="fixed" work (they crash in the release), without leaving an
+         unused parameter behind. [R]
+    [D6] stem="conv": overlapping 3x3 convolutions for small images, a switch the release's
+         ImageNet models leave off. [P]
+    [D7] Weights start from PyTorch's defaults and position tables from a normal distribution of
+         deviation 0.01, cut at two deviations: what the published models did start from. [P]
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import math
+import os
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+import zlib
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class InputError(ValueError):
+    """A caller's mistake, told in one line; the command line prints it and exits with 2."""
+
+
+def _check(condition: object, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+# ============================================================ 3. configuration and variants
+
+CHOICES = {"stem": ("patch", "conv"), "geometry": ("paper", "release"), "offsets": (True, False),
+           "position": ("relative", "fixed", "none")}
+CONV_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}                # patch -> strides of the two 3x3
+
+
+def _check_fields(config: object, *, integers: str = "", choices: str = "") -> None:
+    for name in integers.split():
+        value = getattr(config, name)
+        _check(type(value) is int and value > 0, f"{name}={value!r} is not a positive integer")
+    for name in choices.split():
+        value = getattr(config, name)
+        _check(value in CHOICES[name], f"{name}={value!r} is not one of {CHOICES[name]}")
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value < high
+
+
+def _pair(name: str, value: object) -> tuple[int, int]:
+    """An int for both axes, or (height, width)."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    _check(len(pair) == 2 and all(type(n) is int and n > 0 for n in pair),
+           f"{name}={value!r} is neither a positive integer nor a pair (height, width)")
+    return pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage. Paper: Sec. 3.3, Tab. 1.
+
+    `blocks`, one letter each: L local windows, S shifted windows, D deformable attention. The D
+    blocks need `groups` (G) and read `stride` (r), `kernel` (k) and `offset_range` (s).
+    Raises: ValueError naming the field and its value.
+    """
+    dim: int
+    heads: int
+    blocks: str
+    window: int = 7
+    groups: int | None = None
+    stride: int = 1
+    kernel: int = 5
+    offset_range: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_fields(self, integers="dim heads window stride kernel")
+        _check(self.dim % self.heads == 0, f"dim={self.dim} is not divisible by heads={self.heads}")
+        _check(isinstance(self.blocks, str) and self.blocks and set(self.blocks) <= set("LSD"),
+               f"blocks={self.blocks!r} is not a string of the letters L, S and D")
+        _check((self.groups is not None) == ("D" in self.blocks), f"groups={self.groups!r} with "
+               f"blocks={self.blocks!r}: groups is required exactly when there is a D")
+        if self.groups is not None:
+            _check_fields(self, integers="groups")
+            _check(self.heads % self.groups == 0,
+                   f"heads={self.heads} is not divisible by groups={self.groups}")
+        _check(self.kernel % 2, f"kernel={self.kernel} is even, so it has no centre")
+        _check(_is_number(self.offset_range, 0, math.inf) and self.offset_range, "offset_range="
+               f"{self.offset_range!r} is not a positive number (for no offsets: offsets=False)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DATConfig:
+    """The whole network. Paper: Sec. 3.3; the ablations `offsets` and `position`: Sec. 4.4.
+
+    `image_size` (int or (H, W)) sets the size of the position tables; any input size works.
+    `stem`: "patch" (the paper) or "conv" [D6]; `geometry`: "paper" or "release" [D1].
+    Plain values build it again: DATConfig(**dataclasses.asdict(config)) == config.
+    Raises: ValueError naming the field and its value.
+    """
+    stages: tuple[StageConfig, ...]
+    image_size: int | tuple[int, int] = 224
+    patch: int = 4
+    stem: str = "patch"
+    classes: int = 1000
+    mlp_ratio: float = 4
+    drop_path: float = 0.0
+    geometry: str = "paper"
+    offsets: bool = True
+    position: str = "relative"
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.stages, (tuple, list)) and self.stages
+               and all(isinstance(s, (StageConfig, dict)) for s in self.stages),
+               f"stages={self.stages!r} is not a non-empty tuple of StageConfig")
+        stages = tuple(StageConfig(**s) if isinstance(s, dict) else s for s in self.stages)
+        object.__setattr__(self, "stages", stages)
+        if _pair("image_size", self.image_size) and type(self.image_size) is not int:
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        _check_fields(self, integers="patch classes", choices=" ".join(CHOICES))
+        dims = [s.dim for s in stages]
+        _check(self.stem == "patch" or self.patch in CONV_STRIDES and dims[0] % 2 == 0,
+               f"stem='conv' with patch={self.patch}, dim={dims[0]}: needs patch 1, 2 or 4 and an "
+               "even dim in the first stage")
+        _check(_is_number(self.mlp_ratio, 1 / min(dims), math.inf),
+               f"mlp_ratio={self.mlp_ratio!r} is not a number that leaves an MLP any width")
+        _check(_is_number(self.drop_path, 0, 1), f"drop_path={self.drop_path!r} is not in [0, 1)")
+
+    def map_sizes(self, image_size: int | tuple[int, int] | None = None) -> list[tuple[int, int]]:
+        """(H, W) of each stage's map for an image of `image_size` (default: the configured)."""
+        size = _pair("image_size", image_size or self.image_size)
+        cells = [self.patch * 2 ** i for i in range(len(self.stages))]
+        return [tuple(math.ceil(length / cell) for length in size) for cell in cells]
+
+
+def _stages(dim: int, heads: int, blocks: tuple, groups: tuple, window: int = 7) -> tuple:
+    """Widths and heads double from stage to stage; the last two are deformable (Tab. 1)."""
+    return tuple(StageConfig(dim=dim * 2 ** i, heads=heads * 2 ** i, blocks=blocks[i],
+                             groups=groups[i], kernel=(9, 7, 5, 3)[i], window=window)
+                 for i in range(4))
+
+
+_T, _S = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
+_NARROW, _WIDE = (None, None, 3, 6), (None, None, 4, 8)         # groups
+VARIANTS = {
+    "dat-t": DATConfig(stages=_stages(96, 3, _T, _NARROW), drop_path=0.2),
+    "dat-s": DATConfig(stages=_stages(96, 3, _S, _NARROW), drop_path=0.3),
+    "dat-b": DATConfig(stages=_stages(128, 4, _S, _WIDE), drop_path=0.5),
+    "dat-b-384": DATConfig(stages=_stages(128, 4, _S, _WIDE, 12), image_size=384, drop_path=0.5),
+    "cifar": DATConfig(stages=_stages(48, 3, _T, _NARROW, 4), image_size=32, patch=1, stem="conv",
+                       classes=10, drop_path=0.1),              # half-width DAT-T, maps 32/16/8/4
+    "cifar-nano": DATConfig(stages=_stages(32, 2, _T, (None, None, 2, 4), 4), image_size=32,
+                            patch=2, stem="conv", classes=10),  # for a CPU, maps 16/8/4/2
+}
+
+
+def build(variant: str, **overrides: object) -> DAT:
+    """The model of VARIANTS[variant], fields of its DATConfig replaced by `overrides`."""
+    _check(variant in VARIANTS, f"unknown variant {variant!r}, expected one of {list(VARIANTS)}")
+    return DAT(replace(VARIANTS[variant], **overrides))
+
+
+# ============================================================ 4. coordinates and sampling
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Coordinates live in this type: in bfloat16 one near 100 px would be off by 0.25 px."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def cell_centres(cells: int, length: int, *, geometry: str, like: Tensor) -> Tensor:
+    """Coordinates of `cells` cells along an axis of `length` pixels. Paper: Sec. 3.2, p.
+
+    Shape: (cells,), in the type and on the device of `like`. Units: px of the map.
+    "paper": from the first pixel's centre to the last one's. "release": inside both by half a
+    cell, so even cells = length does not fall on whole pixels [D1].
+    """
+    i = torch.arange(cells, dtype=like.dtype, device=like.device)
+    if geometry == "release":
+        return (i + 0.5) / cells * (length - 1)
+    if cells == 1:
+        return i + (length - 1) / 2
+    return i * (length - 1) / (cells - 1)
+
+
+def largest_offset(cells: int, length: int, *, offset_range: float, geometry: str) -> float:
+    """How far (px) a point may move along an axis: s / 2 cells. Paper: Sec. 3.2, dp <- s tanh(dp).
+
+    With s = 2 that is one cell: H / Hk px in "paper" geometry, (H - 1) / Hk px in "release".
+    """
+    return offset_range / 2 * (length if geometry == "paper" else length - 1) / cells
+
+
+def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
+    """phi(z; p): the map between its pixels, zero off the map. Paper: Eq. 8.
+
+    Shape: (B, C, H, W), (B, h, w, 2) -> (B, C, h, w). Units: points (y, x) in px of the map.
+    The one place that knows grid_sample's convention: x before y, and the image, from pixel edge
+    to pixel edge, is [-1, 1]. (Measured between pixel centres, a 1-pixel map would divide by 0.)
+    """
+    height, width = maps.shape[-2:]
+    y, x = points.unbind(-1)
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
+    sampled = F.grid_sample(maps.to(grid.dtype), grid, padding_mode="zeros", align_corners=False)
+    return sampled.to(maps.dtype)
+
+
+def resize(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """The last two axes of a position table at another size, bicubically [D2]; centre on centre.
+
+    Shape: (..., h, w) -> (..., *size).
+    """
+    if table.shape[-2:] == size:
+        return table
+    flat = F.interpolate(table.flatten(0, -3)[None], size, mode="bicubic")
+    return flat[0].unflatten(0, table.shape[:-2])
+
+
+# ============================================================ 5. small blocks
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2 and 9.
+
+    Shape: (B, M, N, d), (B, M, K, d) twice, bias broadcastable to (B, M, N, K) -> (B, M, N, d).
+    Every kernel but cuDNN's may be chosen: that one has open bugs with additive masks.
+    """
+    bias = None if bias is None else bias.to(q.dtype)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def position_table(*shape: int) -> nn.Parameter:
+    """Learned biases, from a normal distribution of deviation 0.01 cut at two deviations [D7]."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.01, a=-0.02, b=0.02))
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """In training, zeroes a sample with probability `rate` and scales the others up to match.
+
+    Source: stochastic depth (Huang et al., 2016), as in the release. Shape: (B, ...) -> the same.
+    """
+    if not training or rate == 0:
+        return x
+    kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= rate
+    return x * kept / (1 - rate)
+
+
+class Projection(nn.Module):
+    """Convolution and layer norm: patch embedding, and down-sampling between stages.
+
+    Paper: Sec. 3.3, Fig. 3. Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C').
+    Patches (kernel = stride) that stick out at the bottom or right are filled with zeros [D2].
+    """
+
+    def __init__(self, dim: int, out_dim: int, *, kernel: int, stride: int, bias: bool = True):
+        super().__init__()
+        self.stride, self.patches = stride, kernel == stride    # else overlapping, centred
+        padding = 0 if self.patches else kernel // 2
+        self.conv = nn.Conv2d(dim, out_dim, kernel, stride, padding, bias=bias)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.patches:
+            x = F.pad(x, (0, 0, 0, -x.shape[2] % self.stride, 0, -x.shape[1] % self.stride))
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+# ============================================================ 6. window attention
+
+
+class WindowAttention(nn.Module):
+    """Attention inside w x w windows with Swin's relative position bias: blocks L and S.
+
+    Paper: Sec. 3.3 (after Swin, Liu et al. 2021). Shape: (B, H, W, C) -> the same, any H, W.
+    The windows tile the map from the top left; with `shift` the first cut is after `shift` rows
+    and columns [D3]. Cells of a window that lie outside the map are masked: no token sees them.
+    """
+
+    def __init__(self, *, dim: int, heads: int, window: int, shift: int = 0):
+        super().__init__()
+        self.heads, self.window, self.shift = heads, window, shift
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.table = position_table(heads, 2 * window - 1, 2 * window - 1)
+
+    def position_bias(self) -> Tensor:
+        """(M, w w, w w): table[q - k + w - 1] for the cells q, k of a window.
+
+        Row q of that matrix is a stretch of w table entries, read backwards: k counts down.
+        """
+        w = self.window
+        slices = self.table.unfold(1, w, 1).unfold(2, w, 1)     # (M, qy, qx, w, w)
+        return slices.flip(3, 4).flatten(3, 4).flatten(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (B, H, W, C), M, w = x.shape, self.heads, self.window
+        before = -self.shift % w                                # cells outside, top and left
+        rows, columns = (-(-(before + length) // w) for length in (H, W))
+        pads = (before, columns * w - W - before, before, rows * w - H - before)
+
+        qkv = self.qkv(x)
+        if any(pads):
+            qkv = F.pad(qkv, (0, 0, *pads))                     # (B, rows w, columns w, 3 C)
+        qkv = qkv.view(B, rows, w, columns, w, 3, M, C // M).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = qkv.reshape(3, B, rows * columns * M, w * w, C // M)
+
+        inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=x.device), pads)
+        inside = inside.view(rows, w, columns, w).transpose(1, 2).reshape(rows * columns, 1, 1, -1)
+        bias = self.position_bias().masked_fill(~inside, -math.inf)         # (windows, M, w w, w w)
+        z = attend(q, k, v, bias.flatten(0, 1))                 # (B, windows M, w w, d)
+
+        z = z.view(B, rows, columns, M, w, w, C // M).permute(0, 1, 4, 2, 5, 3, 6)
+        z = z.reshape(B, rows * w, columns * w, C)[:, before:before + H, before:before + W]
+        return self.out(z)
+
+
+# ============================================================ 7. deformable attention
+
+
+class OffsetNetwork(nn.Module):
+    """theta_offset: how far each sampling point should move. Paper: Sec. 3.2, Fig. 2 (b).
+
+    Depth-wise k x k convolution of stride r, layer norm [D4], GELU, 1x1 convolution without bias
+    ("to alleviate the compulsive shift for all locations").
+    Shape: (B, H, W, C / G) -> (B, Hk, Wk, 2), (y, x) before bounding.
+    """
+
+    def __init__(self, *, dim: int, kernel: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, kernel, stride, kernel // 2, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, 2, bias=False)
+
+    def forward(self, q: Tensor) -> Tensor:
+        x = self.conv(q.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.out(F.gelu(self.norm(x)))
+
+
+class DeformableAttention(nn.Module):
+    """Attention whose keys and values are read where an offset network points. Paper: Sec. 3.2.
+
+    Usable alone. Shape: (B, H, W, C) -> the same, at any H, W; `size` (int or (H, W)) is the map
+    size that the position table is made for. `offsets=False` and `position` are the ablations.
+    Raises: ValueError naming the argument and its value.
+    """
+
+    def __init__(self, *, dim: int, heads: int, groups: int, size: int | tuple[int, int],
+                 stride: int = 1, kernel: int = 5, offset_range: float = 2.0,
+                 geometry: str = "paper", offsets: bool = True, position: str = "relative"):
+        super().__init__()
+        stage = StageConfig(dim=dim, heads=heads, blocks="D", groups=groups, stride=stride,
+                            kernel=kernel, offset_range=offset_range)
+        DATConfig(stages=(stage,), geometry=geometry, offsets=offsets, position=position)  # checks
+        self.heads, self.groups, self.stride = heads, groups, stride
+        self.offset_range, self.geometry, self.position = offset_range, geometry, position
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.offset = (OffsetNetwork(dim=dim // groups, kernel=kernel, stride=stride)
+                       if offsets else None)
+        H, W = _pair("size", size)
+        if position == "relative":
+            self.table = position_table(heads, 2 * H - 1, 2 * W - 1)
+        elif position == "fixed":
+            self.table = position_table(heads, H, W, *self.key_cells(H, W))
+
+    def key_cells(self, H: int, W: int) -> tuple[int, int]:
+        """Hk, Wk: r x r queries share a sampling point."""
+        return -(-H // self.stride), -(-W // self.stride)
+
+    def points(self, q: Tensor) -> Tensor:
+        """p + dp, where a group's keys are sampled. Paper: Eq. 7 and dp <- s tanh(dp).
+
+        Shape: (B, H, W, C) -> (B, G, Hk, Wk, 2). Units: (y, x) in px of the map.
+        """
+        (B, H, W, _), G = q.shape, self.groups
+        Hk, Wk = self.key_cells(H, W)
+        like = q.new_empty(0, dtype=at_least_float32(q.dtype))
+        reference = torch.cartesian_prod(*(
+            cell_centres(n, length, geometry=self.geometry, like=like)
+            for n, length in ((Hk, H), (Wk, W)))).view(Hk, Wk, 2)
+        if self.offset is None:
+            return reference.expand(B, G, Hk, Wk, 2)
+        grouped = q.unflatten(3, (G, -1)).movedim(3, 1)         # (B, G, H, W, C / G)
+        raw = self.offset(grouped.flatten(0, 1)).to(like.dtype).view(B, G, Hk, Wk, 2)
+        bound = [largest_offset(n, length, offset_range=self.offset_range, geometry=self.geometry)
+                 for n, length in ((Hk, H), (Wk, W))]
+        offset = torch.stack([b * raw[..., i].tanh() for i, b in enumerate(bound)], dim=-1)
+        return reference + offset
+
+    def position_bias(self, points: Tensor, size: tuple[int, int]) -> Tensor | None:
+        """phi(B^; R): the table, read at every displacement of a query from a key. Paper: Eq. 9.
+
+        Shape: (B, G, Hk, Wk, 2) -> (B, M, N, K). Table entry (0, 0) stands for the displacement
+        -(H - 1), -(W - 1); the centre, (H - 1, W - 1), for none: 2 H - 1 entries for H rows.
+        """
+        (B, G, Hk, Wk, _), (H, W), M = points.shape, size, self.heads
+        if self.position == "none":
+            return None
+        table = self.table.to(points.dtype)
+        if self.position == "fixed":                            # one number per query and key cell
+            table = resize(table, (Hk, Wk)).permute(0, 3, 4, 1, 2)          # (M, Hk, Wk, H0, W0)
+            return resize(table, (H, W)).flatten(3).flatten(1, 2).transpose(1, 2)[None]
+        table = resize(table, (2 * H - 1, 2 * W - 1)).unflatten(0, (G, -1))
+        queries = torch.cartesian_prod(*(                       # (N, 2), moved to the centre
+            cell_centres(n, n, geometry=self.geometry, like=points) + (n - 1) for n in (H, W)))
+        keys = points.transpose(0, 1).reshape(G, B, 1, Hk * Wk, 2)
+        index = queries[:, None] - keys                         # (G, B, N, K, 2)
+        bias = bilinear_sample(table, index.flatten(1, 2))      # (G, M / G, B N, K)
+        return bias.flatten(0, 1).unflatten(1, (B, H * W)).transpose(0, 1)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k~, v~ and the bias: everything before the softmax. Paper: Eq. 6-9.
+
+        Shape: (B, H, W, C) -> (B, M, N, d), (B, M, K, d) twice, (B, M, N, K) or None.
+        """
+        (B, H, W, C), G, M = x.shape, self.groups, self.heads
+        q = self.q(x)
+        points = self.points(q)                                 # (B, G, Hk, Wk, 2) yx, px
+        maps = x.permute(0, 3, 1, 2).reshape(B * G, C // G, H, W)
+        sampled = bilinear_sample(maps, points.flatten(0, 1))   # (B G, C / G, Hk, Wk)
+        sampled = sampled.view(B, C, -1).transpose(1, 2)        # (B, K, C)
+        q, k, v = (t.unflatten(2, (M, -1)).transpose(1, 2)      # heads before positions
+                   for t in (q.flatten(1, 2), self.k(sampled), self.v(sampled)))
+        return q, k, v, self.position_bias(points, (H, W))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = attend(*self.project(x))                            # (B, M, N, d)
+        return self.out(z.transpose(1, 2).reshape(x.shape))
+
+
+# ============================================================ 8. block, stage, DAT
+
+
+class Block(nn.Module):
+    """z' = attention(LN(z)) + z, z'' = MLP(LN(z')) + z'. Paper: Eq. 4 and 5.
+
+    Shape: (B, H, W, C) -> the same. `drop_path`: the rate at which a branch is left out.
+    """
+
+    def __init__(self, *, dim: int, attention: nn.Module, hidden: int, drop_path: float):
+        super().__init__()
+        self.attention, self.rate = attention, drop_path
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            expand=nn.Linear(dim, hidden), gelu=nn.GELU(), contract=nn.Linear(hidden, dim)))
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
+        return drop_path(self.mlp(self.norm2(z)), self.rate, self.training) + z
+
+
+class Stage(nn.Module):
+    """Down-sampling (but for the first stage) and blocks. Paper: Sec. 3.3, Fig. 3.
+
+    Shape: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C'), or the same in the first stage.
+    """
+
+    def __init__(self, config: DATConfig, index: int, rates: Iterator[float]):
+        super().__init__()
+        stage, size = config.stages[index], config.map_sizes()[index]
+        self.down = nn.Identity() if index == 0 else Projection(
+            config.stages[index - 1].dim, stage.dim, kernel=2 if config.stem == "patch" else 3,
+            stride=2, bias=False)
+        self.blocks = nn.ModuleList()
+        for letter in stage.blocks:
+            if letter == "D":
+                attention = DeformableAttention(
+                    dim=stage.dim, heads=stage.heads, groups=stage.groups, size=size,
+                    stride=stage.stride, kernel=stage.kernel, offset_range=stage.offset_range,
+                    geometry=config.geometry, offsets=config.offsets, position=config.position)
+            else:
+                attention = WindowAttention(
+                    dim=stage.dim, heads=stage.heads, window=stage.window,
+                    shift=math.ceil(stage.window / 2) if letter == "S" else 0)
+            self.blocks.append(Block(dim=stage.dim, attention=attention, drop_path=next(rates),
+                                     hidden=int(stage.dim * config.mlp_ratio)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class DAT(nn.Module):
+    """Vision Transformer with Deformable Attention. Paper: Sec. 3.3, Fig. 3, Tab. 1.
+
+    Shape: images (B, 3, H, W) of any H, W -> logits (B, classes).
+    Raises: ValueError if the images are not floating point (B, 3, H, W).
+    """
+
+    def __init__(self, config: DATConfig):
+        super().__init__()
+        self.config = config
+        dim, patch = config.stages[0].dim, config.patch
+        if config.stem == "patch":
+            self.stem = Projection(3, dim, kernel=patch, stride=patch)
+        else:
+            first, second = CONV_STRIDES[patch]
+            self.stem = nn.Sequential(Projection(3, dim // 2, kernel=3, stride=first), nn.GELU(),
+                                      Projection(dim // 2, dim, kernel=3, stride=second))
+        depth = sum(len(stage.blocks) for stage in config.stages)
+        rates = iter([config.drop_path * i / max(depth - 1, 1) for i in range(depth)])
+        self.stages = nn.ModuleList(Stage(config, i, rates) for i in range(len(config.stages)))
+        self.norm = nn.LayerNorm(config.stages[-1].dim)
+        self.head = nn.Linear(config.stages[-1].dim, config.classes)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the tokens (B, H', W', C) that enter the first stage."""
+        _check(images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
+               and 0 not in images.shape, "images must be floating point (B, 3, H, W), "
+               f"not {images.dtype} {tuple(images.shape)}")
+        return self.stem(images.permute(0, 2, 3, 1))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The map after each stage, not normalised, for detection and segmentation.
+
+        Shape: (B, 3, H, W) -> one (B, C_i, H_i, W_i) per stage, H_i = ceil(H / (patch 2^i)).
+        """
+        x, maps = self.embed(images), []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x.permute(0, 3, 1, 2))
+        return maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.features(images)[-1].permute(0, 2, 3, 1)
+        return self.head(self.norm(x).mean(dim=(1, 2)))
+
+    def sampling_points(self, images: Tensor) -> list[Tensor]:
+        """Where every deformable block, in order, looks.
+
+        Shape: (B, 3, H, W) -> one (B, G, Hk, Wk, 2) per D block. Units: (y, x) in px of the image,
+        0 the centre of its first pixel. A map pixel stands where the convolutions that made it are
+        centred: mid-patch with stem="patch", at i (patch 2^stage) with stem="conv".
+        """
+        x, found = self.embed(images), []
+        for i, stage in enumerate(self.stages):
+            cell = self.config.patch * 2 ** i                   # px of the image per px of the map
+            first = (cell - 1) / 2 if self.config.stem == "patch" else 0
+            x = stage.down(x)
+            for block in stage.blocks:
+                if isinstance(block.attention, DeformableAttention):
+                    q = block.attention.q(block.norm1(x))
+                    found.append(first + cell * block.attention.points(q))
+                x = block(x)
+        return found
+
+
+# ============================================================ 9. the authors' weights
+
+
+def _official_layout(model: DAT) -> dict[str, tuple[tuple[int, ...], Tensor | None]]:
+    """The release's names -> the shape there, and our parameter (None: a buffer we derive)."""
+    layout = {}
+
+    def add(theirs: str, module: nn.Module, convolution: tuple = ()) -> None:
+        for name, ours in module.named_parameters():
+            shape = tuple(ours.shape) + (convolution if name == "weight" else ())
+            layout[f"{theirs}.{name}"] = shape, ours
+
+    add("patch_proj.0", model.stem.conv)
+    add("patch_proj.1.norm", model.stem.norm)
+    for i, (stage, (H, W)) in enumerate(zip(model.stages, model.config.map_sizes())):
+        if i > 0:
+            add(f"down_projs.{i - 1}.0", stage.down.conv)
+            add(f"down_projs.{i - 1}.1.norm", stage.down.norm)
+        for j, block in enumerate(stage.blocks):
+            add(f"stages.{i}.layer_norms.{2 * j}.norm", block.norm1)
+            add(f"stages.{i}.layer_norms.{2 * j + 1}.norm", block.norm2)
+            add(f"stages.{i}.mlps.{j}.chunk.linear1", block.mlp.expand)
+            add(f"stages.{i}.mlps.{j}.chunk.linear2", block.mlp.contract)
+            attention, prefix = block.attention, f"stages.{i}.attns.{j}"
+            if isinstance(attention, DeformableAttention):
+                for name in ("q", "k", "v", "out"):             # 1x1 convolutions there
+                    add(f"{prefix}.proj_{name}", getattr(attention, name), (1, 1))
+                if attention.offset is not None:
+                    add(f"{prefix}.conv_offset.0", attention.offset.conv)
+                    add(f"{prefix}.conv_offset.1.norm", attention.offset.norm)
+                    add(f"{prefix}.conv_offset.3", attention.offset.out, (1, 1))
+                if attention.position == "relative":
+                    layout[f"{prefix}.rpe_table"] = tuple(attention.table.shape), attention.table
+                continue
+            add(f"{prefix}.proj_qkv", attention.qkv)
+            add(f"{prefix}.proj_out", attention.out)
+            M, side, cells = attention.heads, 2 * attention.window - 1, attention.window ** 2
+            layout[f"{prefix}.relative_position_bias_table"] = (side ** 2, M), attention.table
+            layout[f"{prefix}.relative_position_index"] = (cells, cells), None
+            if attention.shift:
+                layout[f"{prefix}.attn_mask"] = (H * W // cells, cells, cells), None
+    add("cls_norm.norm", model.norm)
+    add("cls_head", model.head)
+    return layout
+
+
+def load_official(state_dict: dict, config: DATConfig) -> DAT:
+    """A model with the weights of the authors' release, in geometry "release" [D1].
+
+    `state_dict`: theirs, or a dict that holds it under "model"; `config`: the architecture.
+    Raises: ValueError that names every key that is missing, unknown or of another shape.
+    """
+    state = state_dict.get("model", state_dict) if isinstance(state_dict, dict) else None
+    _check(isinstance(state, dict), f"expected a state dict, not a {type(state_dict).__name__}")
+    _check(config.stem == "patch" and config.position != "fixed", f"stem={config.stem!r}, position="
+           f"{config.position!r}: the release's models have stem='patch' and no position='fixed'")
+    model = DAT(replace(config, geometry="release"))
+    layout = _official_layout(model)
+    problems = [f"{name} is missing" for name in layout if name not in state]
+    for name, value in state.items():
+        came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if name not in layout:
+            problems.append(f"{name} is unknown")
+        elif came != layout[name][0]:
+            problems.append(f"{name} is {came}, expected {layout[name][0]}")
+    _check(not problems, f"not the weights of this configuration: {'; '.join(problems)}")
+    with torch.no_grad():
+        for name, (_, ours) in layout.items():
+            if name.endswith(".relative_position_bias_table"):
+                ours.copy_(state[name].T.view_as(ours))         # heads last there, first here
+            elif ours is not None:
+                ours.copy_(state[name].view_as(ours))
+    return model
+
+
+# ============================================================ 10. data
+
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+CIFAR = {                                                       # the official binary archives
+    "cifar10": SimpleNamespace(
+        file="cifar-10-binary.tar.gz", size=170_052_171, md5="c32a1d4ab5d03f1284b67883e8d87530",
+        folder="cifar-10-batches-bin", names="batches.meta.txt", classes=10, label_bytes=1,
+        splits=(tuple(f"data_batch_{i}.bin" for i in range(1, 6)), ("test_batch.bin",)),
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    "cifar100": SimpleNamespace(                                # coarse label, fine label, pixels
+        file="cifar-100-binary.tar.gz", size=168_513_733, md5="03b5dce01913d631647c71ecec9e9cb8",
+        folder="cifar-100-binary", names="fine_label_names.txt", classes=100, label_bytes=2,
+        splits=(("train.bin",), ("test.bin",)),
+        mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)),
+}
+SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar")
+DATASETS = (*CIFAR, "shapes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Two (images, labels) in memory. Shape: images (n, 3, H, W) uint8, labels (n,) int64."""
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: tuple[str, ...]
+    mean: Tensor                                                # (3, 1, 1), of values in [0, 1]
+    std: Tensor
+
+    def to(self, device: torch.device) -> Dataset:
+        train, test = (tuple(t.to(device) for t in split) for split in (self.train, self.test))
+        return replace(self, train=train, test=test, mean=self.mean.to(device),
+                       std=self.std.to(device))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 -> float32 of mean 0 and deviation 1 in each channel."""
+        return (images.float() / 255 - self.mean) / self.std
+
+
+def download(url: str, target: Path, *, size: int, md5: str) -> None:
+    """Fetches `url` into a temporary file, renamed to `target` once size and md5 are right.
+
+    Raises: OSError if the transfer fails, InputError if something else than expected came.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest, done = hashlib.md5(), 0
+    with (contextlib.ExitStack() as cleanup, urllib.request.urlopen(url, timeout=30) as source,
+          tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as part):
+        cleanup.callback(Path(part.name).unlink, missing_ok=True)
+        while block := source.read(1 << 20):
+            part.write(block)
+            digest.update(block)
+            done += len(block)
+            print(f"\r{url}: {done / 1e6:.0f} of {size / 1e6:.0f} MB", end="", flush=True)
+        print()
+        part.flush()
+        _check((done, digest.hexdigest()) == (size, md5), f"{url} gave {done:,} bytes of md5 "
+               f"{digest.hexdigest()}, expected {size:,} of {md5}: nothing was kept, try again")
+        os.replace(part.name, target)
+
+
+def _read_archive(path: Path, archive: SimpleNamespace) -> dict[str, bytes]:
+    """The known members of the archive, read in memory: no path in it is ever written to."""
+    names, found = (*archive.splits[0], *archive.splits[1], archive.names), {}
+    wanted = {f"{archive.folder}/{name}": name for name in names}
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:
+                name = wanted.get(member.name.removeprefix("./"))
+                if name and member.isfile() and member.size < 1 << 28:
+                    found[name] = tar.extractfile(member).read()
+        md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}): remove it and get it again") from None
+    if md5 != archive.md5:
+        print(f"note: {path} is not the official archive, its md5 is {md5}")
+    return found
+
+
+def load_cifar(name: str, data: str | None = None) -> Dataset:
+    """CIFAR-10 or CIFAR-100 from `data`, which holds the binary archive or its extracted folder.
+
+    Without `data`: from data/, where the archive is downloaded to if it is not there.
+    Raises: InputError that says what was tried and which file belongs where.
+    """
+    archive, root = CIFAR[name], Path(data or "data")
+    path = root / archive.file
+    for folder in (root / archive.folder, root):
+        if (folder / archive.splits[1][0]).is_file():
+            files, path = {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}, folder
+            break
+    else:
+        advice = (f"put {archive.file} ({archive.size:,} bytes, from {CIFAR_URL}) or its extracted "
+                  f"folder into {root}/, or try --train shapes, which needs no file")
+        if not path.is_file():
+            _check(data is None, f"{root}/ holds neither {archive.file} nor its folder: {advice}")
+            try:
+                download(CIFAR_URL + path.name, path, size=archive.size, md5=archive.md5)
+            except OSError as error:
+                raise InputError(f"no {path}, and no download ({error}): {advice}") from None
+        files = _read_archive(path, archive)
+
+    def parse(file: str) -> tuple[Tensor, Tensor]:
+        _check(file in files, f"{path} has no {file}")
+        content, size = files[file], archive.label_bytes + 3 * 32 * 32
+        _check(content and len(content) % size == 0,
+               f"{path}/{file}: {len(content):,} bytes are no multiple of a record's {size}")
+        records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, size)
+        labels = records[:, archive.label_bytes - 1].long()
+        _check(labels.max() < archive.classes, f"{path}/{file}: label {labels.max()}, expected "
+               f"less than {archive.classes}")
+        return records[:, archive.label_bytes:].reshape(-1, 3, 32, 32), labels
+
+    train, test = (tuple(map(torch.cat, zip(*map(parse, split)))) for split in archive.splits)
+    classes = tuple(files.get(archive.names, b"").decode("ascii", "replace").split())
+    if len(classes) != archive.classes:                         # names are for display only
+        classes = tuple(map(str, range(archive.classes)))
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (archive.mean, archive.std))
+    return Dataset(train=train, test=test, classes=classes, mean=mean, std=std)
+
+
+def make_shapes(count: int, *, seed: int, side: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """Figures of the kinds SHAPES at random place, size, angle and colour, on clutter.
+
+    Shape: images (count, 3, side, side) uint8, labels (count,), masks (count, side, side) bool,
+    true on the figure.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+    pixel = torch.arange(side) + 0.5
+    ground = uniform(0, 1, 3, 1, 1)                             # one colour, blotched and grainy
+    blotches = F.interpolate(uniform(-0.2, 0.2, 3, 4, 4), (side, side), mode="bilinear")
+    images = ground + blotches + uniform(-0.05, 0.05, 3, side, side)
+    for _ in range(8):                                          # clutter: small coloured boxes
+        y, x = uniform(0, side, 2, 1, 1, 1).unbind(1)
+        height, width = uniform(0.5, side / 12, 2, 1, 1, 1).unbind(1)
+        box = ((pixel[:, None] - y).abs() < height) & ((pixel - x).abs() < width)
+        images = torch.where(box, uniform(0, 1, 3, 1, 1), images)
+
+    radius, angle = uniform(0.16, 0.34, 1, 1) * side, uniform(0, 2 * math.pi, 1, 1)
+    y, x = (radius + (side - 2 * radius) * uniform(0, 1, 1, 1) for _ in range(2))
+    y, x = pixel[:, None] - y, pixel - x                        # from the figure's centre
+    u = (x * angle.cos() + y * angle.sin()) / radius            # along its axes, (n, side, side)
+    v = (y * angle.cos() - x * angle.sin()) / radius
+    a, b, distance, around = u.abs(), v.abs(), torch.hypot(u, v), torch.atan2(v, u)
+    third = 2 * math.pi / 3
+    figures = torch.stack([                                     # in the order of SHAPES
+        distance < 0.9,
+        (distance < 1) & (distance > 0.55),
+        torch.maximum(a, b) < 0.75,
+        distance * (around % third - third / 2).cos() < 0.5,
+        (torch.minimum(a, b) < 0.28) & (torch.maximum(a, b) < 0.95),
+        distance < 0.7 + 0.3 * (5 * around).cos(),
+        (distance < 1) & (torch.hypot(u - 0.55, v) > 0.75),
+        (a < 1) & (b < 0.3)])
+    labels = torch.randint(len(SHAPES), (count,), generator=generator)
+    masks = figures[labels, torch.arange(count)]
+    colour = (ground + uniform(0.3, 0.7, 3, 1, 1)) % 1          # far from the ground's
+    images = torch.where(masks[:, None], colour + uniform(-0.05, 0.05, 3, side, side), images)
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels, masks
+
+
+def load_dataset(name: str, data: str | None = None) -> Dataset:
+    """One of DATASETS. Raises: InputError."""
+    if name in CIFAR:
+        return load_cifar(name, data)
+    train, test = (make_shapes(n, seed=seed)[:2] for n, seed in ((20_000, 1), (2_000, 2)))
+    half = torch.full((3, 1, 1), 0.5)
+    return Dataset(train=train, test=test, classes=SHAPES, mean=half, std=half / 2)
+
+
+# ============================================================ 11. augmentation
+
+
+def crop_and_flip(images: Tensor, *, margin: int = 4,
+                  generator: torch.Generator | None = None) -> Tensor:
+    """Each image moved by up to `margin` px (zeros come in) and mirrored with probability 1/2.
+
+    Shape: (B, 3, H, W) -> the same, on the images' device; one gather for the whole batch.
+    """
+    (B, _, H, W), device = images.shape, images.device
+
+    def draw(below: int) -> Tensor:
+        return torch.randint(below, (B, 1), generator=generator, device=device)
+
+    rows = draw(2 * margin + 1) + torch.arange(H, device=device)            # (B, H)
+    columns = draw(2 * margin + 1) + torch.arange(W, device=device)
+    columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+    padded = F.pad(images, (margin,) * 4).movedim(1, 3)         # (B, H', W', 3)
+    sample = torch.arange(B, device=device)[:, None, None]
+    return padded[sample, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+
+
+# ============================================================ 12. training
+
+# (data, on CUDA) -> what a run is unless flags say otherwise: model, epochs, batch size, peak lr
+RECIPES = {("cifar", False): ("cifar-nano", 8, 128, 2e-3),
+           ("cifar", True): ("cifar", 300, 256, 1e-3),
+           ("shapes", False): ("cifar-nano", 2, 128, 2e-3),
+           ("shapes", True): ("cifar", 20, 256, 1e-3)}
+
+
+def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up from peak / 1000, then half a cosine down to peak / 100. Source: release."""
+    if step < warmup:                                           # 1. warm-up
+        return peak * (0.001 + 0.999 * step / warmup)
+    if step >= steps:                                           # 2. past the end
+        return peak * 0.01
+    progress = (step - warmup) / (steps - warmup)               # 3. cosine
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """For AdamW: no decay of biases, norms and position tables. Source: release."""
+    groups = {weight_decay: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim > 1 and not name.endswith("table")
+        groups[weight_decay if plain else 0.0].append(parameter)
+    return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is CUDA if there is one, else the CPU. Raises: InputError."""
+    found = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    name = name if name != "auto" else "cuda" if found["cuda"] else "cpu"
+    _check(found[name], f"--device {name}: PyTorch finds none on this machine")
+    return torch.device(name)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on CUDA, where it pays."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Dataset) -> float:
+    """Share of the test images classified right, in batches of 500 so that the figure repeats."""
+    model.eval()
+    right = 0
+    for images, labels in zip(*(t.split(500) for t in data.test)):
+        with autocast(images.device):
+            right += (model(data.normalise(images)).argmax(dim=1) == labels).sum()
+    return int(right) / len(data.test[1])
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file and renames it to `path`: all of it or what was there."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str) -> tuple[DAT, dict]:
+    """The model of a checkpoint, and all it holds; nothing in it is run. Raises: InputError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = DAT(DATConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:                                  # a stranger's file can raise any
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is no checkpoint of this program: {reason}") from None
+    return model, checkpoint
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are put on the list yielded, for the loop to end at a step's end."""
+    caught = []
+    before = {number: signal.signal(number, lambda number, _: caught.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(args: argparse.Namespace) -> int:
+    """The training run of --train. Returns the exit code, 128 + signal if one came."""
+    device = choose_device(args.device)
+    recipe = RECIPES["shapes" if args.train == "shapes" else "cifar", device.type == "cuda"]
+    model_name, epochs, batch_size, peak = (
+        flag or default
+        for flag, default in zip((args.model, args.epochs, args.batch_size, args.lr), recipe))
+    out = Path(args.out or f"runs/{args.train}-{model_name}")
+    _check(not (out / "last.pt").exists(), f"{out}/last.pt exists: choose another --out")
+    data = load_dataset(args.train, args.data).to(device)
+    images, labels = data.train
+    per_epoch = len(images) // batch_size                       # the rest waits for another epoch
+    _check(per_epoch, f"--batch-size {batch_size} is more than the {len(images)} images there are")
+    steps = epochs * per_epoch
+    torch.manual_seed(args.seed)
+    model = build(model_name, classes=len(data.classes), image_size=images.shape[-1]).to(device)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    run = torch.compile(model, fullgraph=True) if args.compile else model
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=peak, fused=True)
+    print(f"{args.train}: {len(images):,} images to train on, {len(data.test[0]):,} to test on, "
+          f"{len(data.classes)} classes\n{model_name}: {size:,} parameters, "
+          f"{multiply_accumulates(model.config) / 1e6:.0f}M multiply-accumulates\n"
+          f"{epochs} epochs of {per_epoch} steps, batch {batch_size}, lr {peak:g}, on {device}, "
+          f"into {out}/  (flags: --model --epochs --batch-size --lr --device --out)")
+    out.mkdir(parents=True, exist_ok=True)
+    step, history, start = 0, [], time.monotonic()
+    shown = start
+
+    def save() -> None:
+        """Writes last.pt and metrics.csv; (seed, step) is the generators' whole state."""
+        state = {"config": asdict(model.config), "model": model.state_dict(), "step": step,
+                 "optimizer": optimizer.state_dict(), "seed": args.seed, "history": history,
+                 "dataset": args.train, "classes": data.classes}
+        write_atomically(out / "last.pt", lambda path: torch.save(state, path))
+        rows = [",".join(map(str, row)) for row in (history[:1] and [history[0].keys()])
+                + [row.values() for row in history]]
+        write_atomically(out / "metrics.csv", lambda path: path.write_text("\n".join(rows) + "\n"))
+
+    with catch_signals() as caught:
+        while step < steps and not caught:
+            epoch, position = divmod(step, per_epoch)
+            torch.manual_seed(args.seed * 1_000_003 + step)     # all draws of a step follow from it
+            if position == 0:
+                order = torch.randperm(len(images)).to(device)
+                model.train()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps=steps, warmup=steps // 20, peak=peak)
+            batch = order[position * batch_size:(position + 1) * batch_size]
+            with autocast(device):
+                logits = run(data.normalise(crop_and_flip(images[batch])))
+                loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.1)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            step += 1
+
+            now, last = time.monotonic(), step % per_epoch == 0
+            if last or now - shown > 10:
+                shown, speed = now, step / (now - start)
+                accuracy = (logits.argmax(dim=1) == labels[batch]).float().mean().item()
+                print(f"epoch {epoch + 1}/{epochs}  step {step}/{steps}  loss {loss.item():.3f}  "
+                      f"batch accuracy {accuracy:.1%}  {speed * batch_size:,.0f} images/s  "
+                      f"{(steps - step) / speed:.0f} s left", flush=True)
+            if last:
+                accuracy = evaluate(run, data)
+                history.append({"epoch": epoch + 1, "step": step, "loss": loss.item(),
+                                "test_accuracy": accuracy, "seconds": round(now - start, 1)})
+                print(f"epoch {epoch + 1}/{epochs}  test accuracy {accuracy:.2%}", flush=True)
+                save()
+        if caught:
+            save()
+            print(f"signal {caught[0]}: stopped after step {step}, saved in {out}/last.pt")
+    return 128 + caught[0] if caught else 0
+
+
+# ============================================================ 14. summary and benchmark
+
+
+def deformable_attention_macs(*, H: int, W: int, keys: int, dim: int, kernel: int) -> int:
+    """Multiply-accumulates of one deformable attention, `keys` = Ns. Paper: Eq. 10.
+
+    The paper's example (H = W = 14, Ns = 49, C = 384, k = 5) is 79.63M in all; its offset part,
+    printed as 5.08M, is (k^2 + 2) Ns C = 0.51M.
+    """
+    N, Ns, C = H * W, keys, dim
+    return 2 * N * Ns * C + 2 * N * C ** 2 + 2 * Ns * C ** 2 + (kernel ** 2 + 2) * Ns * C
+
+
+def multiply_accumulates(config: DATConfig, image_size: int | tuple[int, int] | None = None) -> int:
+    """Those of one image: convolutions, linear layers and attention products."""
+    sizes, dims = config.map_sizes(image_size), [3] + [stage.dim for stage in config.stages]
+    total = dims[-1] * config.classes
+    for i, ((H, W), stage) in enumerate(zip(sizes, config.stages)):
+        N, C, previous = H * W, stage.dim, dims[i]
+        side = (config.patch if i == 0 else 2) if config.stem == "patch" else 3
+        if i == 0 and config.stem == "conv":                    # the first 3x3, at its own stride
+            total += N * CONV_STRIDES[config.patch][1] ** 2 * 9 * 3 * C // 2
+            previous = C // 2
+        total += N * side ** 2 * previous * C
+        for letter in stage.blocks:
+            total += 2 * N * C * int(C * config.mlp_ratio)
+            if letter == "D":
+                keys = math.ceil(H / stage.stride) * math.ceil(W / stage.stride)
+                total += deformable_attention_macs(H=H, W=W, keys=keys, dim=C, kernel=stage.kernel)
+            else:
+                total += 4 * N * C ** 2 + 2 * N * stage.window ** 2 * C
+    return total
+
+
+# ============================================================ 15. command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (python dat.py --help lists the flags)")
+
+
+def _positive(kind: type) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"positive {kind.__name__}"                # argparse puts it into its message
+    return parse
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done, 2 usage or input error, 128 + signal."""
+    parser = _Parser(
+        prog="dat.py", description="Vision Transformer with Deformable Attention (CVPR 2022).",
+        epilog="No data at hand? python dat.py --train shapes generates its own.")
+    parser.add_argument("--train", choices=DATASETS, help="train on this data set")
+    parser.add_argument("--eval", choices=DATASETS, help="test accuracy of --checkpoint FILE")
+    parser.add_argument("--checkpoint", metavar="FILE", help="written by --train: OUT/last.pt")
+    parser.add_argument("--data", metavar="DIR", help="holds the CIFAR archive or its folder")
+    parser.add_argument("--model", choices=VARIANTS)
+    parser.add_argument("--epochs", type=_positive(int), metavar="N")
+    parser.add_argument("--batch-size", type=_positive(int), metavar="N")
+    parser.add_argument("--lr", type=_positive(float), metavar="X", help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--out", metavar="DIR", help="default: runs/DATA-MODEL")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    try:
+        args = parser.parse_args(arguments)
+        if args.train:
+            return train(args)
+        if args.eval:
+            _check(args.checkpoint, "--eval needs --checkpoint FILE")
+            device, (model, _) = choose_device(args.device), load_checkpoint(args.checkpoint)
+            data = load_dataset(args.eval, args.data).to(device)
+            _check(model.config.classes == len(data.classes), f"{args.checkpoint} tells apart "
+                   f"{model.config.classes} classes, {args.eval} has {len(data.classes)}")
+            print(f"test accuracy {evaluate(model.to(device), data):.2%}")
+            return 0
+        parser.print_help()
+        return 0
+    except InputError as error:
+        print(f"dat.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
