@@ -99,6 +99,11 @@ def _is_number(value: object, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value < high
 
 
+def cells(length: int, size: int) -> int:
+    """How many cells of `size` cover `length`; the last one may stick out."""
+    return (length + size - 1) // size
+
+
 def _pair(name: str, value: object) -> tuple[int, int]:
     """An int for both axes, or (height, width)."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
@@ -180,8 +185,8 @@ class DATConfig:
     def map_sizes(self, image_size: int | tuple[int, int] | None = None) -> list[tuple[int, int]]:
         """(H, W) of each stage's map for an image of `image_size` (default: the configured)."""
         size = _pair("image_size", image_size or self.image_size)
-        cells = [self.patch * 2 ** i for i in range(len(self.stages))]
-        return [tuple(math.ceil(length / cell) for length in size) for cell in cells]
+        return [tuple(cells(length, self.patch * 2 ** i) for length in size)
+                for i in range(len(self.stages))]
 
 
 def _stages(dim: int, heads: int, blocks: tuple, groups: tuple, window: int = 7) -> tuple:
@@ -219,27 +224,27 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def cell_centres(cells: int, length: int, *, geometry: str, like: Tensor) -> Tensor:
-    """Coordinates of `cells` cells along an axis of `length` pixels. Paper: Sec. 3.2, p.
+def cell_centres(count: int, length: int, *, geometry: str, like: Tensor) -> Tensor:
+    """Coordinates of `count` cells along an axis of `length` pixels. Paper: Sec. 3.2, p.
 
-    Shape: (cells,), in the type and on the device of `like`. Units: px of the map.
+    Shape: (count,), in the type and on the device of `like`. Units: px of the map.
     "paper": from the first pixel's centre to the last one's. "release": inside both by half a
-    cell, so even cells = length does not fall on whole pixels [D1].
+    cell, so that even with count = length they miss the whole pixels [D1].
     """
-    i = torch.arange(cells, dtype=like.dtype, device=like.device)
+    i = torch.arange(count, dtype=like.dtype, device=like.device)
     if geometry == "release":
-        return (i + 0.5) / cells * (length - 1)
-    if cells == 1:
+        return (i + 0.5) / count * (length - 1)
+    if count == 1:
         return i + (length - 1) / 2
-    return i * (length - 1) / (cells - 1)
+    return i * (length - 1) / (count - 1)
 
 
-def largest_offset(cells: int, length: int, *, offset_range: float, geometry: str) -> float:
+def largest_offset(count: int, length: int, *, offset_range: float, geometry: str) -> float:
     """How far (px) a point may move along an axis: s / 2 cells. Paper: Sec. 3.2, dp <- s tanh(dp).
 
     With s = 2 that is one cell: H / Hk px in "paper" geometry, (H - 1) / Hk px in "release".
     """
-    return offset_range / 2 * (length if geometry == "paper" else length - 1) / cells
+    return offset_range / 2 * (length if geometry == "paper" else length - 1) / count
 
 
 def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
@@ -313,7 +318,8 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.patches:
-            x = F.pad(x, (0, 0, 0, -x.shape[2] % self.stride, 0, -x.shape[1] % self.stride))
+            bottom, right = (cells(n, self.stride) * self.stride - n for n in x.shape[1:3])
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
@@ -347,7 +353,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (B, H, W, C), M, w = x.shape, self.heads, self.window
         before = -self.shift % w                                # cells outside, top and left
-        rows, columns = (-(-(before + length) // w) for length in (H, W))
+        rows, columns = cells(before + H, w), cells(before + W, w)
         pads = (before, columns * w - W - before, before, rows * w - H - before)
 
         qkv = self.qkv(x)
@@ -412,11 +418,7 @@ class DeformableAttention(nn.Module):
         if position == "relative":
             self.table = position_table(heads, 2 * H - 1, 2 * W - 1)
         elif position == "fixed":
-            self.table = position_table(heads, H, W, *self.key_cells(H, W))
-
-    def key_cells(self, H: int, W: int) -> tuple[int, int]:
-        """Hk, Wk: r x r queries share a sampling point."""
-        return -(-H // self.stride), -(-W // self.stride)
+            self.table = position_table(heads, H, W, cells(H, stride), cells(W, stride))
 
     def points(self, q: Tensor) -> Tensor:
         """p + dp, where a group's keys are sampled. Paper: Eq. 7 and dp <- s tanh(dp).
@@ -424,7 +426,7 @@ class DeformableAttention(nn.Module):
         Shape: (B, H, W, C) -> (B, G, Hk, Wk, 2). Units: (y, x) in px of the map.
         """
         (B, H, W, _), G = q.shape, self.groups
-        Hk, Wk = self.key_cells(H, W)
+        Hk, Wk = cells(H, self.stride), cells(W, self.stride)
         like = q.new_empty(0, dtype=at_least_float32(q.dtype))
         reference = torch.cartesian_prod(*(
             cell_centres(n, length, geometry=self.geometry, like=like)
@@ -1041,8 +1043,8 @@ def train(args: argparse.Namespace) -> int:
 def deformable_attention_macs(*, H: int, W: int, keys: int, dim: int, kernel: int) -> int:
     """Multiply-accumulates of one deformable attention, `keys` = Ns. Paper: Eq. 10.
 
-    The paper's example (H = W = 14, Ns = 49, C = 384, k = 5) is 79.63M in all; its offset part,
-    printed as 5.08M, is (k^2 + 2) Ns C = 0.51M.
+    In the paper's example (H = W = 14, Ns = 49, C = 384, k = 5) the first three terms are 79.63M;
+    the last, what the offsets cost, is printed as 5.08M but is 0.51M.
     """
     N, Ns, C = H * W, keys, dim
     return 2 * N * Ns * C + 2 * N * C ** 2 + 2 * Ns * C ** 2 + (kernel ** 2 + 2) * Ns * C
@@ -1062,7 +1064,7 @@ def multiply_accumulates(config: DATConfig, image_size: int | tuple[int, int] | 
         for letter in stage.blocks:
             total += 2 * N * C * int(C * config.mlp_ratio)
             if letter == "D":
-                keys = math.ceil(H / stage.stride) * math.ceil(W / stage.stride)
+                keys = cells(H, stage.stride) * cells(W, stage.stride)
                 total += deformable_attention_macs(H=H, W=W, keys=keys, dim=C, kernel=stage.kernel)
             else:
                 total += 4 * N * C ** 2 + 2 * N * stage.window ** 2 * C

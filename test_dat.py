@@ -1,0 +1,810 @@
+"""Properties of dat.py, and parity with the loops of reference_numpy.py. Run with: pytest
+
+Each test's name is a claim; its docstring says which mistake turns it red. Parity is in float64
+with a tolerance of 1e-9: both sides round differently, at about 1e-13 for values near one.
+"""
+import ast
+import contextlib
+import gzip
+import hashlib
+import io
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings, strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import dat
+import reference_numpy as loops
+from dat import DAT, DATConfig, DeformableAttention, StageConfig, WindowAttention
+
+settings.register_profile("dat", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("dat")
+HERE = Path(__file__).parent
+sizes = st.integers(1, 9)
+geometries = st.sampled_from(["paper", "release"])
+
+
+# ============================================================ helpers
+
+
+def randomise(module, seed=0):
+    """Float64 weights of order one everywhere, so that no term of a formula is negligible."""
+    generator = torch.Generator().manual_seed(seed)
+    module.double().eval()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if name.endswith("table"):
+                parameter.copy_(noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.3 * noise + ("norm" in name and name.endswith("weight")))
+            else:
+                parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+    return module
+
+
+def random_input(*shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def arrays(module):
+    return {name: value.numpy() for name, value in module.state_dict().items()}
+
+
+def small_config(**changes):
+    """Every kind of block, r = 1 and 2, G < M, in two stages that take milliseconds."""
+    stages = (StageConfig(dim=8, heads=2, blocks="LSD", window=3, groups=1, stride=2, kernel=3),
+              StageConfig(dim=12, heads=4, blocks="LD", window=2, groups=2, kernel=5))
+    return DATConfig(**{"stages": stages, "image_size": 16, "patch": 2, "classes": 5, **changes})
+
+
+def small_attention(**changes):
+    return randomise(DeformableAttention(
+        **{"dim": 8, "heads": 4, "groups": 2, "size": (4, 5), "kernel": 3, **changes}))
+
+
+def close(a, b, tolerance=1e-9):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tolerance)
+
+
+def run_cli(*arguments):
+    """Exit code, standard output and standard error of the command line, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = dat.main([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def assert_input_error(result, *words):
+    """Exit code 2 and one line on standard error that holds all `words`."""
+    code, _, err = result
+    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err, result
+    for word in words:
+        assert str(word) in err, err
+
+
+# ============================================================ parity with the loops
+
+
+@given(H=sizes, W=sizes, window=st.integers(1, 4), heads=st.sampled_from([1, 2]),
+       shifted=st.booleans())
+def test_window_attention_equals_the_loops(H, W, window, heads, shifted):
+    """Red if padding leaks, cuts are misplaced, q and k swap in the bias, or y and x do."""
+    shift = math.ceil(window / 2) if shifted else 0
+    attention = randomise(WindowAttention(dim=4, heads=heads, window=window, shift=shift))
+    x = random_input(2, H, W, 4)
+    for image, out in zip(x, attention(x).detach()):
+        close(out, loops.window_attention(image.numpy(), arrays(attention), heads, window, shift))
+
+
+@settings(max_examples=80)
+@given(H=sizes, W=sizes, size=st.tuples(sizes, sizes), r=st.sampled_from([1, 2, 3]),
+       kernel=st.sampled_from([1, 3, 5]), s=st.sampled_from([0.5, 2.0, 5.0]), geometry=geometries,
+       heads_groups=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4)]),
+       offsets=st.booleans(), position=st.sampled_from(dat.CHOICES["position"]))
+def test_deformable_attention_equals_the_loops(H, W, size, r, kernel, s, geometry, heads_groups,
+                                               offsets, position):
+    """Red for any slip in eq. 6-9: swapped axes, a wrong bound, group, head or table index."""
+    heads, groups = heads_groups
+    attention = randomise(DeformableAttention(
+        dim=8, heads=heads, groups=groups, size=size, stride=r, kernel=kernel, offset_range=s,
+        geometry=geometry, offsets=offsets, position=position))
+    x = random_input(2, H, W, 8)
+    outs, points = attention(x).detach(), attention.points(attention.q(x)).detach()
+    for image, out, where in zip(x.numpy(), outs, points):
+        expected, expected_points = loops.deformable_attention(
+            image, arrays(attention), heads, groups, r, kernel, s, geometry, offsets, position)
+        close(where, expected_points)
+        close(out, expected)
+
+
+NETWORKS = {
+    "paper": (small_config(), (16, 16)),
+    "release": (small_config(geometry="release"), (16, 16)),
+    "one size up, H != W": (small_config(), (18, 13)),
+    "one size down, odd": (small_config(geometry="release"), (11, 7)),
+    "configured H != W": (small_config(image_size=(12, 20)), (12, 20)),
+    "one pixel": (small_config(), (1, 1)),
+    "conv stem, patch 1": (small_config(stem="conv", patch=1, image_size=8), (9, 6)),
+    "conv stem, patch 2": (small_config(stem="conv", image_size=13), (13, 16)),
+    "conv stem, patch 4": (small_config(stem="conv", patch=4), (17, 23)),
+    "patch 3": (small_config(patch=3, mlp_ratio=1.5), (17, 22)),
+    "no offsets": (small_config(offsets=False), (16, 12)),
+    "fixed positions": (small_config(position="fixed"), (12, 16)),
+    "no positions": (small_config(position="none"), (16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_equals_the_loops(name):
+    """Red if any step from image to logits, features or points departs from the paper."""
+    config, size = NETWORKS[name]
+    model, images = randomise(DAT(config)), random_input(2, 3, *size)
+    state, plain = arrays(model), asdict(config)
+    with torch.no_grad():
+        close(model(images), loops.network(images.numpy(), state, plain))
+        features = model.features(images)
+        expected = loops.network_features(images.numpy(), state, plain)
+        assert [f.shape for f in features] == [e.shape for e in expected]
+        for ours, theirs in zip(features, expected):
+            close(ours, theirs)
+        found = model.sampling_points(images)
+    stage_of_block = [i for i, s in enumerate(config.stages) for letter in s.blocks if letter == "D"]
+    expected = loops.network_points(images.numpy(), state, plain)
+    assert len(found) == len(expected) == len(stage_of_block)
+    for i, ours, theirs in zip(stage_of_block, found, expected):
+        cell = config.patch * 2 ** i
+        first = (cell - 1) / 2 if config.stem == "patch" else 0
+        close(ours, first + cell * theirs)
+
+
+@pytest.mark.parametrize("geometry", ["paper", "release"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_equal_differences_of_the_loops(geometry, stride):
+    """Red if a detach, an in-place change or a wrong formula breaks a gradient: along a random
+    direction of input and weights, autograd equals a central difference of the loops."""
+    attention = small_attention(stride=stride, geometry=geometry)
+    x = random_input(1, 5, 4, 8).requires_grad_()
+    weights, steps = random_input(5, 4, 8, seed=2), {}
+    points = attention.points(attention.q(x))
+    queries = torch.cartesian_prod(*(dat.cell_centres(n, n, geometry=geometry, like=points)
+                                     for n in (5, 4)))
+    for position in (points, queries[:, None, None] - points.flatten(2, 3)[:, :, None, :, None]):
+        assert (position - position.round()).abs().min() > 1e-4     # bilinear kinks are far enough
+    (attention(x)[0] * weights).sum().backward()
+    slope = 0.0
+    for i, (name, tensor) in enumerate([*attention.named_parameters(), ("x", x)]):
+        steps[name] = random_input(*tensor.shape, seed=10 + i)
+        slope += float((tensor.grad * steps[name]).sum())
+
+    def value(t):
+        state = {name: array + t * steps[name].numpy() for name, array in arrays(attention).items()}
+        out, _ = loops.deformable_attention((x[0].detach() + t * steps["x"][0]).numpy(), state, 4,
+                                            2, stride, 3, 2.0, geometry)
+        return (out * weights.numpy()).sum()
+
+    close(slope, (value(1e-6) - value(-1e-6)) / 2e-6, tolerance=1e-6 * abs(slope))
+
+
+def test_network_gradients_equal_differences_of_the_loops():
+    """Red if a gradient is lost or doubled anywhere between the image and the logits."""
+    config = small_config()
+    model, images = randomise(DAT(config)), random_input(1, 3, 10, 12).requires_grad_()
+    weights, steps, slope = random_input(5, seed=2), {}, 0.0
+    (model(images)[0] * weights).sum().backward()
+    for i, (name, tensor) in enumerate([*model.named_parameters(), ("images", images)]):
+        steps[name] = random_input(*tensor.shape, seed=10 + i)
+        slope += float((tensor.grad * steps[name]).sum())
+
+    def value(t):
+        state = {name: array + t * steps[name].numpy() for name, array in arrays(model).items()}
+        moved = (images.detach() + t * steps["images"]).numpy()
+        return (loops.network(moved, state, asdict(config))[0] * weights.numpy()).sum()
+
+    close(slope, (value(1e-7) - value(-1e-7)) / 2e-7, tolerance=1e-5 * abs(slope))
+
+
+# ============================================================ coordinates, sampling, offsets
+
+
+@given(H=sizes, W=sizes)
+def test_sampling_at_the_cells_themselves_is_the_identity(H, W):
+    """[D1] Red if y and x are swapped, if H and W are mixed up, or if align_corners is wrong."""
+    maps = random_input(2, 3, H, W)
+    grid = torch.cartesian_prod(*(dat.cell_centres(n, n, geometry="paper", like=maps)
+                                  for n in (H, W))).view(H, W, 2)
+    close(dat.bilinear_sample(maps, grid.expand(2, H, W, 2)), maps, 1e-12)
+
+
+@given(H=sizes, W=sizes, y=st.floats(-3, 11), x=st.floats(-3, 11))
+def test_sampling_follows_equation_8(H, W, y, x):
+    """Red if a point off the map reads anything but zeros, or between pixels not the tent mix."""
+    maps, point = random_input(1, 3, H, W), torch.tensor([y, x], dtype=torch.float64)
+    expected = loops.bilinear(maps[0].permute(1, 2, 0).numpy(), y, x)
+    close(dat.bilinear_sample(maps, point.view(1, 1, 1, 2)).flatten(), expected)
+
+
+@given(n=sizes, extra=st.integers(0, 5))
+def test_reference_points_are_centred_and_inside(n, extra):
+    """Red if a grid is off-centre: a fixed shift, (n) for (n - 1), an end left out."""
+    length, like = n + extra, torch.zeros((), dtype=torch.float64)
+    for geometry in ("paper", "release"):
+        centres = dat.cell_centres(n, length, geometry=geometry, like=like)
+        close(centres + centres.flip(0), np.full(n, length - 1.0), 1e-12)
+        assert centres.min() >= 0 and centres.max() <= length - 1
+    if n > 1:
+        paper = dat.cell_centres(n, length, geometry="paper", like=like)
+        assert paper[0] == 0 and paper[-1] == length - 1
+
+
+@given(H=sizes, W=sizes, r=st.sampled_from([1, 2]), s=st.floats(0.1, 9), geometry=geometries)
+def test_offsets_reach_their_bound_and_no_further(H, W, r, s, geometry):
+    """Red if s loses its half, if H / n turns into W / n, or if tanh is missing: driven hard, the
+    points stand exactly s / 2 cells from their reference."""
+    attention = small_attention(stride=r, offset_range=s, geometry=geometry)
+    with torch.no_grad():
+        attention.offset.out.weight.mul_(1e6)
+    q = random_input(1, H, W, 8)
+    moved = attention.points(q).detach()
+    attention.offset = None
+    offset = (moved - attention.points(q)).abs().numpy()
+    for axis, length in enumerate((H, W)):
+        cells = math.ceil(length / r)
+        bound = s / 2 * (length if geometry == "paper" else length - 1) / cells
+        assert offset[..., axis].max() <= bound * (1 + 1e-12)
+        close(np.median(offset[..., axis]), bound, 1e-9)
+
+
+@given(H=sizes, W=sizes, heads=st.sampled_from([1, 2, 4]))
+def test_zero_offsets_give_plain_attention_with_a_swin_bias(H, W, heads):
+    """[D1] Red if a zero offset blurs, or if a bias is read anywhere but at q - k: the block
+    equals global attention with the integer table lookup of Swin, written out here."""
+    attention = randomise(DeformableAttention(dim=8, heads=heads, groups=1, size=(H, W), kernel=3))
+    with torch.no_grad():
+        attention.offset.out.weight.zero_()
+    x = random_input(2, H, W, 8)
+    q, k, v = (F.linear(x.flatten(1, 2), layer.weight, layer.bias).unflatten(2, (heads, -1))
+               for layer in (attention.q, attention.k, attention.v))
+    y, x_ = np.divmod(np.arange(H * W), W)
+    bias = attention.table[:, y[:, None] - y + H - 1, x_[:, None] - x_ + W - 1]
+    scores = torch.einsum("bqmd,bkmd->bmqk", q, k) / math.sqrt(8 // heads) + bias
+    plain = torch.einsum("bmqk,bkmd->bqmd", scores.softmax(-1), v).reshape(2, H, W, 8)
+    close(attention(x).detach(), attention.out(plain).detach(), 1e-10)
+
+
+def test_release_geometry_blurs_at_zero_offset():
+    """[D1] Red if the release's geometry silently becomes the paper's."""
+    like = torch.zeros((), dtype=torch.float64)
+    release = dat.cell_centres(14, 14, geometry="release", like=like)
+    close(release[[0, 1, 13]], [0.464286, 1.392857, 12.535714], 1e-6)
+
+
+def test_gradient_reaches_the_offset_network_both_ways():
+    """Red if points are detached: they matter through the sampled features alone (no bias) and
+    through the bias alone (features constant, so that moving a point reads the same)."""
+    features = small_attention(position="none")
+    features(random_input(1, 6, 7, 8)).square().sum().backward()
+    assert features.offset.out.weight.grad.abs().max() > 1e-6
+    bias = small_attention()
+    x = random_input(1, 6, 7, 8)
+    q = bias.q(x)
+    bias.position_bias(bias.points(q), (6, 7)).square().sum().backward()
+    assert bias.offset.out.weight.grad.abs().max() > 1e-6
+    assert bias.offset.conv.weight.grad.abs().max() > 1e-6
+
+
+def test_offset_network_ends_without_a_bias_after_a_norm():
+    """[D4] Red if the 1x1 convolution gains a bias or the norm before GELU is lost."""
+    network = dat.OffsetNetwork(dim=4, kernel=3, stride=1)
+    assert network.out.bias is None
+    q = random_input(1, 5, 5, 4)
+    network.double()
+    network.conv.bias.data.zero_()
+    close(network(q).detach(), network(50 * q).detach(), 1e-3)      # the norm takes out the scale
+
+
+def test_groups_move_independently_and_share_points_over_queries():
+    """Red if groups mix: the queries of one group move its own points only, and every query of
+    the group's heads reads its keys at those."""
+    attention, x = small_attention(), random_input(1, 4, 5, 8)
+    q = attention.q(x).detach()
+    changed = q.clone()
+    changed[..., 4:] += random_input(1, 4, 5, 4, seed=3)            # the second of two groups
+    before, after = attention.points(q).detach(), attention.points(changed).detach()
+    assert torch.equal(before[:, 0], after[:, 0])
+    assert (before[:, 1] - after[:, 1]).abs().min() > 0
+    _, k, v, _ = attention.project(x)
+    sampled = [loops.bilinear(x[0, :, :, 4 * g:4 * g + 4].numpy(), *point)
+               for g in (0, 1) for point in before[0, g].flatten(0, 1).numpy()]
+    sampled = torch.from_numpy(np.concatenate(np.split(np.array(sampled), 2), axis=1))  # (K, C)
+    for ours, layer in ((k, attention.k), (v, attention.v)):        # (1, M, K, d), no query axis
+        close(ours[0].transpose(0, 1).flatten(1).detach(), layer(sampled).detach())
+
+
+@given(H=sizes, W=sizes, window=st.integers(1, 4), shifted=st.booleans(), data=st.data())
+def test_windows_are_isolated(H, W, window, shifted, data):
+    """[D3] Red if a token sees beyond its window: windows are cut at multiples of w, shifted ones
+    at ceil(w / 2) + multiples, without wrapping around."""
+    shift = math.ceil(window / 2) if shifted else 0
+    attention = randomise(WindowAttention(dim=4, heads=1, window=window, shift=shift))
+    row, column = data.draw(st.integers(0, H - 1)), data.draw(st.integers(0, W - 1))
+    x = random_input(1, H, W, 4)
+    changed = x.clone()
+    changed[0, row, column] += 1
+    moved = (attention(changed) - attention(x)).abs().amax(-1)[0] > 1e-12
+    y, x_ = torch.arange(H)[:, None], torch.arange(W)
+    same = ((y - shift) // window == (row - shift) // window) \
+        & ((x_ - shift) // window == (column - shift) // window)
+    assert torch.equal(moved, same)
+
+
+def test_shift_is_ceil_of_half_the_window():
+    """[D3] Red if shifted blocks use Swin's floor(7 / 2) = 3: the release uses 4."""
+    model = dat.build("dat-t")
+    assert [block.attention.shift for block in model.stages[0].blocks] == [0, 4]
+
+
+# ============================================================ the authors' numbers
+
+# Numbers of the authors' code (LeapLabTHU/DAT, commit 566a593) in float64 on a small
+# instance: logits, points of both deformable blocks, and gradient norms by sorted parameter name, the input's last.
+OFFICIAL_LOGITS = [
+    [-0.43485169763460385, -0.8876783540057376, 0.8909409627254677, -0.9839161479919881,
+     0.8323711680806971],
+    [-0.7385188872832806, -0.8194194148958592, 0.5704141882711027, -1.3486421744520536,
+     0.14095297046055738]]
+OFFICIAL_POINTS = """
+-1.153878296167 -1.091883015762 -1.017243461835 -0.692031618331 -0.39438910838 -0.175001963658
+-0.585304299651 0.818454968196 -0.558658593029 -0.9779809095 -0.599277567289 -0.722281471761
+-0.418429688478 -0.215610081888 -0.015849753344 0.308711750777 -0.037390110341 -1.221176860067
+-0.144896676392 -0.528444595192 0.221962898412 -0.195540654356 0.030777217367 0.429901962379
+1.114576140102 -1.095612708293 0.365255173002 -0.708436411456 0.334766533245 -0.075063289913
+0.795656880797 0.447926044739 -0.608186749983 -1.031865481864 -0.582148815553 -0.496496565657
+-0.592756597593 -0.153389556041 -0.902960689522 0.492828712968 0.060080254714 -0.885927656866
+0.143417467627 -0.624452259447 0.073929456745 -0.076356233345 -0.194207404487 0.627942418495
+0.558883875514 -0.91394531522 0.657020721582 -0.428936530947 0.605190742994 -0.062236660108
+0.20621967034 0.543182853139 0.891291286286 -1.15083968941 0.975809259095 -0.484982707846
+1.118802145361 -0.083072406535 0.5134690315 0.343178343123 -0.564029727922 -1.043165864962
+-0.914041675866 -0.550671459606 -1.018822571886 0.024003211803 -0.455876054441 0.309119964967
+0.037814721811 -1.016799794095 -0.223305769526 -0.381364598315 -0.395675358355 -0.106538203268
+-0.479917285682 0.311391082772 0.581595022923 -1.215940585692 0.123671800179 -0.59947639952
+0.444513418526 -0.011992693508 -0.191720757711 0.457054981588 1.060236728052 -0.923828119751
+0.928124912165 -0.710672996786 0.663255136859 -0.13589891493 0.409836764035 0.306906780924
+-0.513620991051 -1.089574051323 -0.414917773198 -0.579760519834 -0.41928402936 -0.137306410463
+-0.585472643935 0.318940837359 0.097523560017 -0.714794807496 0.098782037209 -0.613954681082
+-0.087122337342 -0.044786491705 0.02920278082 0.337755869467 0.599864345552 -0.935734186111
+0.51473642252 -0.561176210981 0.589783458843 -0.074813458926 0.540781770916 0.35889271767
+1.054195189662 -0.785106352124 1.083198946637 -0.601628314829 0.708730534484 -0.065449865391
+1.079388528744 0.438418601508
+""", """
+0.203439508704 -1.13442094506 -0.761966004498 0.241669364022 0.095375411104 -0.602259985661
+-0.407460649164 1.237648470079 -1.12354550159 0.193330708557 0.478904180174 0.248583146498
+-0.21747612684 -0.115746994967 -0.391817448454 1.225949634316 -0.270595564937 -0.101801021109
+0.378981994663 0.045023254936 0.2216784182 0.166031193265 0.209759508466 1.395480419494
+-1.218143644612 -0.317820492957 -1.182416454012 0.806584782629 0.519076878395 -0.082592820912
+0.108882695129 0.729923878372 -0.351839961473 -0.850331840756 0.383895872767 0.225602437711
+0.558551722625 0.254323545686 0.799372371393 0.098965599158 0.161386630637 0.249891136046
+-0.956355742973 0.518844359768 0.845003033081 0.072218932071 -0.250301364055 0.878500533274
+-0.83106021711 -0.065094474284 -0.597841219707 1.317335267604 -0.036880006669 0.167580510609
+-0.114253438144 1.114378620947 -0.485235030623 -0.971098117483 0.153814983993 0.832771061943
+0.367486939956 -0.452515717216 1.418410285679 1.071882403816
+"""
+OFFICIAL_GRADIENTS = """
+4.04493044601 30.5781472625 3.80194039948 3.3367677141 24.4238133315 2.70618238524 2.67335312265
+27.7664770791 3.34089376124 2.7832424886 43.7214686338 4.11716733117 3.34280622984 3.97209992916
+38.3080447735 3.03281292007 3.29051925256 2.03022801645 7.08827557545 2.2296826701 9.85781435021
+1.6795472698 0.773646207524 4.31943940391 1.72113004604 7.43501747974 0.330517630664 2.60314931116
+3.89164127262 1.38162239412 1.75124265811 2.1740593746 3.40994049062 0.923990779459 1.17745924803
+1.50192330627 4.24316797199 1.34551394406 8.74011794023 1.12541473662 3.8998784153 0.645955810862
+6.1228586061 1.81357236086 6.66255672509 1.99429823204 11.3970288831 1.54308731842 1.82452424243
+5.70925385144 1.22012664115 6.30621640492 0.590357740872 2.16760751472 2.96469971412 1.32606857057
+1.48687156816 0.936694194639 1.46890776172 1.29976016059 1.0607250091 1.31158734715 6.3900626447
+1.71363640054 10.5483024536 1.27598260125 4.98728958705 1.95437250758 10.0965087174 2.82040844322
+11.164338775 2.34425808976 11.3897552171 0.642470397114 0.650651386716 2.30506906175
+0.363355382405 0.376940358355 1.18201793355 2.43675204081e-16 1.5797497113 2.37418539268
+9.36215395066 0.509117698627 2.8755380261 1.88372548134 8.81894897957 0.25550233183 2.35179680439
+2.5239184755 1.9188430702 1.6364434882 1.77909302624 1.65751272037 1.6477686838 1.7770230358
+1.70207730647 9.60041352239 2.4565152959 18.4252005134 1.65823552169 9.07334596416 2.19144372002
+17.0762995478 3.13379022546 21.3258139442 2.80274875433 20.5535721415 0.587332149984 1.25412974875
+1.45309915376 0.681393105698 0.511360483386 1.85645986934 1.21492279574e-16 0.685261846287
+2.46426239812 16.2430441163 0.55685410294 4.40553013821 2.43138599808 16.4844923059 0.153980586947
+2.78541237264 2.1194787471 1.69586413383 1.98077674399 2.14996049718 2.0608096971 1.35908589692
+1.29758338012 1.71101786016 13.3340652806 2.70484985482 26.9830852836 1.5157444805 11.2847133132
+2.34729361719 21.5457204727 5.38785580103
+"""
+
+
+def draw_official(name, shape):
+    """The parameter of that name of the release, by formula."""
+    z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith("table"):
+        return 0.5 * z
+    if len(shape) == 1:
+        return 1 + 0.1 * z if name.endswith("norm.weight") else 0.1 * z
+    return z / np.sqrt(np.prod(shape[1:]))
+
+
+def official_config(**changes):
+    stages = tuple(StageConfig(dim=8 * 2 ** i, heads=2 ** i, blocks=blocks, window=2, groups=groups,
+                               kernel=(9, 7, 5, 3)[i])
+                   for i, (blocks, groups) in enumerate(
+                       (("LS", None), ("LS", None), ("LD", 2), ("LD", 4))))
+    return DATConfig(**{"stages": stages, "image_size": 64, "classes": 5, **changes})
+
+
+def official_state():
+    layout = dat._official_layout(DAT(official_config(geometry="release")))
+    return {name: torch.from_numpy(draw_official(name, shape)) if parameter is not None
+            else torch.zeros(shape) for name, (shape, parameter) in layout.items()}
+
+
+@pytest.fixture
+def float64_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_official_weights_give_the_authors_numbers(float64_default):
+    """Red if the release's geometry, shift, names or layouts are off anywhere (1e-8)."""
+    model = dat.load_official(official_state(), official_config()).eval()
+    images = torch.from_numpy(np.random.RandomState(7).standard_normal((2, 3, 64, 64)))
+    images.requires_grad_()
+    logits = model(images)
+    close(logits.detach(), OFFICIAL_LOGITS, 1e-8)
+    for i, points, text in zip((2, 3), model.sampling_points(images), OFFICIAL_POINTS):
+        cell = 4 * 2 ** i
+        normalised = np.array(text.split(), dtype=float).reshape(points.shape)
+        in_map = (normalised + 1) / 2 * (64 // cell - 1)
+        close(points.detach(), (in_map + 0.5) * cell - 0.5, 1e-8)
+    (logits * torch.from_numpy(np.random.RandomState(8).standard_normal((2, 5)))).sum().backward()
+    parameters = {name: ours for name, (_, ours) in dat._official_layout(model).items()
+                  if ours is not None}
+    norms = [float(parameters[name].grad.norm()) for name in sorted(parameters)]
+    expected = np.array(OFFICIAL_GRADIENTS.split(), dtype=float)
+    close([*norms, float(images.grad.norm())], expected, 1e-8)
+
+
+def test_official_weights_are_taken_from_below_model():
+    """Red if a published checkpoint, a dict holding the weights under "model", is not understood,
+    or if the geometry is not the release's."""
+    bare = dat.load_official(official_state(), official_config())
+    nested = dat.load_official({"model": official_state(), "epoch": 3},
+                               official_config(geometry="release"))
+    assert bare.config == nested.config and bare.config.geometry == "release"
+    for ours, theirs in zip(bare.parameters(), nested.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_official_loading_names_every_key_that_does_not_fit():
+    """Red if a missing, unknown or misshapen key, or a value that is no tensor, passes."""
+    state = official_state()
+    del state["cls_norm.norm.bias"], state["stages.0.attns.1.attn_mask"]
+    state["cls_head.weight"] = torch.zeros(6, 64)
+    state["cls_head.bias"] = "text"
+    state["stages.9.extra"] = torch.zeros(1)
+    with pytest.raises(ValueError) as error:
+        dat.load_official(state, official_config())
+    for part in ("cls_norm.norm.bias is missing", "stages.0.attns.1.attn_mask is missing",
+                 "stages.9.extra is unknown", "cls_head.weight is (6, 64), expected (5, 64)",
+                 "cls_head.bias is str"):
+        assert part in str(error.value)
+    for wrong in (None, [1], {"model": 3}):
+        with pytest.raises(ValueError, match="state dict"):
+            dat.load_official(wrong, official_config())
+    for changes in ({"stem": "conv"}, {"position": "fixed"}):
+        with pytest.raises(ValueError, match="release"):
+            dat.load_official(official_state(), official_config(**changes))
+
+
+# ============================================================ size and cost
+
+
+@pytest.mark.parametrize("variant, parameters, gmacs", [
+    ("dat-t", 28_319_138, 4.56), ("dat-s", 49_700_402, 8.96), ("dat-b", 87_881_632, 15.72),
+    ("dat-b-384", 88_178_272, 49.5), ("cifar", 7_406_196, 0.39)])
+def test_variants_have_the_published_size_and_cost(variant, parameters, gmacs):
+    """Red if a width, depth, kernel, bias or table of a variant changes."""
+    with torch.device("meta"):
+        model = dat.build(variant)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    tolerance = 0.01 if variant != "cifar" else 0.03                # two digits are known
+    assert dat.multiply_accumulates(model.config) / 1e9 == pytest.approx(gmacs, rel=tolerance)
+
+
+def test_nano_is_small_and_keeps_the_shape_of_the_paper():
+    """Red if the CPU variant grows past 2M parameters or loses a kind of block."""
+    config = dat.VARIANTS["cifar-nano"]
+    assert sum(p.numel() for p in DAT(config).parameters()) <= 2_000_000
+    assert set("".join(stage.blocks for stage in config.stages)) == set("LSD")
+
+
+def test_equation_10_and_the_slip_in_its_example():
+    """Red if a term of eq. 10 is lost; pins that the offset part is 0.51M, not 5.08M."""
+    example = {"H": 14, "W": 14, "keys": 49, "dim": 384}
+    total = dat.deformable_attention_macs(**example, kernel=5)
+    attention = dat.deformable_attention_macs(**example, kernel=0) - 2 * 49 * 384
+    assert attention == 79_629_312
+    assert total - attention == 27 * 49 * 384 == 508_032
+
+
+@pytest.mark.parametrize("changes, size", [
+    ({}, (12, 12)), ({"stem": "conv"}, (12, 24)), ({"stem": "conv", "patch": 1}, (24, 12)),
+    ({"stem": "conv", "patch": 4}, (24, 24)), ({"patch": 3, "mlp_ratio": 2}, (36, 18))])
+def test_counted_cost_is_what_pytorch_counts(changes, size):
+    """Red if the analytic count forgets a layer (windows here fit, so that nothing is padded)."""
+    stages = (StageConfig(dim=8, heads=2, blocks="LD", window=3, groups=1, stride=2, kernel=3),
+              StageConfig(dim=12, heads=4, blocks="LD", window=3, groups=2))
+    config = small_config(stages=stages, **changes)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+        DAT(config)(torch.zeros(1, 3, *size))
+    assert 2 * dat.multiply_accumulates(config, size) == counter.get_total_flops()
+
+
+# ============================================================ contracts of the network
+
+ABLATIONS = {"paper": {}, "release": {"geometry": "release"}, "no offsets": {"offsets": False},
+             "fixed": {"position": "fixed"}, "no position": {"position": "none"},
+             "conv stem": {"stem": "conv"}}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_parameter_gets_a_gradient_and_a_step_lowers_the_loss(name):
+    """[D5] Red if a switch crashes or leaves a parameter unused; named. A key bias shifts all
+    scores of a query alike, so its gradient is zero and only has to be finite."""
+    torch.manual_seed(0)
+    model = DAT(small_config(drop_path=0.1, **ABLATIONS[name]))
+    images, labels = torch.randn(6, 3, 16, 20), torch.tensor([0, 1, 2, 3, 4, 0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    model.eval()
+    before = F.cross_entropy(model(images), labels)
+    before.backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.abs().max() > 0 or parameter_name.endswith("attention.k.bias"), \
+            parameter_name
+    optimizer.step()
+    assert F.cross_entropy(model(images), labels) < before
+
+
+@pytest.mark.parametrize("name", [n for n in ABLATIONS if n != "paper"])
+def test_every_switch_changes_the_output(name):
+    """Red if a switch is accepted and ignored. Shared weights are equal, so only it differs."""
+    model = randomise(DAT(small_config()))
+    other = randomise(DAT(small_config(**ABLATIONS[name])))
+    shared = {k: v for k, v in model.state_dict().items()
+              if k in other.state_dict() and other.state_dict()[k].shape == v.shape}
+    other.load_state_dict({**other.state_dict(), **shared})
+    images = random_input(1, 3, 16, 16)
+    assert (model(images) - other(images)).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("field, value", [
+    ("window", 2), ("groups", 2), ("stride", 1), ("kernel", 5), ("offset_range", 1.0)])
+def test_every_stage_field_changes_the_output(field, value):
+    """Red if a field of StageConfig does not reach the block it is for."""
+    stage = StageConfig(dim=8, heads=2, blocks="LD", window=3, groups=1, stride=2, kernel=3)
+    one, two = (randomise(DAT(small_config(stages=(s,)))) for s in
+                (stage, replace(stage, **{field: value})))
+    images = random_input(1, 3, 16, 16)
+    assert (one(images) - two(images)).abs().max() > 1e-6
+
+
+@settings(max_examples=40)
+@given(size=st.tuples(st.integers(1, 40), st.integers(1, 40)), stem=st.sampled_from(["patch", "conv"]))
+def test_any_image_size_works(size, stem):
+    """[D2] Red if a size that divides by nothing, or a map that shrinks to a pixel, breaks."""
+    model = DAT(small_config(patch=4, stem=stem)).eval()
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert model(images).isfinite().all()
+        maps, points = model.features(images), model.sampling_points(images)
+    expected = [(math.ceil(size[0] / c), math.ceil(size[1] / c)) for c in (4, 8)]
+    assert [tuple(m.shape) for m in maps] == [(2, 8, *expected[0]), (2, 12, *expected[1])]
+    assert model.config.map_sizes(size) == expected
+    halved = tuple(math.ceil(n / 2) for n in expected[0])
+    assert [tuple(p.shape) for p in points] == [(2, 1, *halved, 2), (2, 2, *expected[1], 2)]
+
+
+@pytest.mark.parametrize("variant, size", [
+    ("dat-t", (32, 32)), ("dat-t", (48, 48)), ("cifar", (33, 57)), ("cifar-nano", (1, 1))])
+def test_variants_take_small_and_odd_images(variant, size):
+    """[D2] Red if a published shape needs sizes that its windows divide."""
+    with torch.no_grad():
+        logits = dat.build(variant, classes=7).eval()(torch.randn(2, 3, *size))
+    assert logits.shape == (2, 7) and logits.isfinite().all()
+
+
+def test_unneeded_padding_of_patches_changes_nothing_else():
+    """[D2] Red if patches are filled at the top or left, or with anything but zeros."""
+    model = randomise(DAT(small_config(patch=4)))
+    images = random_input(1, 3, 14, 13)
+    close(model(images).detach(), model(F.pad(images, (0, 3, 0, 2))).detach(), 1e-12)
+
+
+def test_tables_keep_centre_and_constants_when_resized():
+    """[D2] Red if resizing shifts the table: displacement zero must stay in the middle."""
+    table = random_input(2, 7, 5)
+    assert dat.resize(table, (7, 5)) is table
+    for size in ((13, 9), (3, 1), (1, 11)):
+        resized = dat.resize(table, size)
+        assert resized.shape == (2, *size)
+        close(dat.resize(torch.full((2, 7, 5), 3.0), size), np.full((2, *size), 3.0), 1e-5)
+    close(dat.resize(table, (3, 1))[:, 1, 0], table[:, 3, 2], 1e-12)
+
+
+def test_images_of_a_batch_do_not_see_each_other():
+    """Red if batch and group axes are merged in the wrong order anywhere."""
+    model, images = randomise(DAT(small_config())), random_input(3, 3, 16, 18)
+    together = model(images).detach()
+    for i in range(3):
+        close(together[i:i + 1], model(images[i:i + 1]).detach(), 1e-12)
+
+
+def test_state_dict_round_trip_and_determinism_in_eval():
+    """Red if state lives outside the state dict, or evaluation draws random numbers."""
+    first, second = DAT(small_config(drop_path=0.5)).eval(), DAT(small_config()).eval()
+    images = torch.randn(2, 3, 16, 16)
+    second.load_state_dict(first.state_dict())
+    first.sampling_points(images)
+    assert torch.equal(first(images), first(images))
+    assert torch.equal(first(images), second(images))
+
+
+def test_plain_values_build_the_configuration_again():
+    """Red if a checkpoint's configuration, after any container change, is another one."""
+    for config in (*dat.VARIANTS.values(), small_config(image_size=[8, 12])):
+        assert DATConfig(**asdict(config)) == config
+        hash(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_agrees_and_keeps_coordinates_in_float32(dtype):
+    """Red if grid_sample meets mixed types, or a coordinate is rounded to half precision."""
+    torch.manual_seed(0)
+    model, images = DAT(small_config()).eval(), torch.randn(2, 3, 16, 20)
+    exact = model(images).detach()
+    with torch.autocast("cpu", dtype=dtype):
+        logits, points = model(images), model.sampling_points(images)
+    logits.float().sum().backward()
+    close(logits.float().detach(), exact, 0.05)
+    assert all(p.dtype == torch.float32 for p in points)
+    if dtype == torch.bfloat16:                                     # pure, not autocast
+        model.to(dtype)
+        logits, points = model(images.to(dtype)), model.sampling_points(images.to(dtype))
+        logits.sum().backward()
+        assert logits.dtype == dtype and all(p.dtype == torch.float32 for p in points)
+        close(logits.float().detach(), exact, 0.05)
+        centres = dat.cell_centres(200, 200, geometry="paper", like=points[0])
+        assert torch.equal(centres, torch.arange(200.0))
+    assert model.double()(images.double()).dtype == torch.float64
+
+
+def test_compiled_and_exported_models_agree_with_eager():
+    """Red if a graph break or a data-dependent branch creeps into the forward pass."""
+    torch.manual_seed(0)
+    stage = StageConfig(dim=8, heads=2, blocks="SD", window=3, groups=1, stride=2, kernel=3)
+    model, images = DAT(small_config(stages=(stage,))).eval(), torch.randn(2, 3, 16, 20)
+    expected = model(images).detach()
+    exported = torch.export.export(model, (images,)).module()
+    close(exported(images).detach(), expected, 1e-5)
+    compiled = torch.compile(model, fullgraph=True)
+    close(compiled(images).detach(), expected, 1e-5)
+    points = torch.compile(model.sampling_points, fullgraph=True, backend="eager")(images)
+    assert torch.equal(points[0], model.sampling_points(images)[0])
+
+
+def test_compiled_gradients_agree_with_eager_at_a_second_size_too():
+    """Red if training under torch.compile departs from eager, or if sizes are computed in a way
+    that symbolic shapes, which come into play when the size changes, do not allow."""
+    torch.manual_seed(0)
+    stage = StageConfig(dim=8, heads=2, blocks="SD", window=3, groups=1, stride=2, kernel=3)
+    model = DAT(small_config(stages=(stage,)))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for size in ((16, 16), (13, 18)):
+        images, gradients = torch.randn(2, 3, *size), []
+        for run in (model, compiled):
+            model.zero_grad()
+            run(images).square().sum().backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        for one, two in zip(*gradients):
+            close(one, two, 1e-5)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    """Red if elements instead of samples are dropped, the survivors are not scaled, evaluation
+    drops, or depth does not raise the rate from zero to the configured one."""
+    torch.manual_seed(0)
+    x = torch.ones(4000, 2, 3)
+    dropped = dat.drop_path(x, 0.25, True)
+    assert torch.equal(dropped.amin((1, 2)), dropped.amax((1, 2)))
+    close(dropped.unique(), [0, 4 / 3], 1e-6)
+    assert abs(float(dropped.mean()) - 1) < 0.05
+    assert dat.drop_path(x, 0.25, False) is x and dat.drop_path(x, 0.0, True) is x
+    rates = [block.rate for stage in dat.build("dat-t").stages for block in stage.blocks]
+    close(rates, np.linspace(0, 0.2, 12), 1e-12)
+    model = DAT(small_config(drop_path=0.9)).train()
+    images = torch.randn(4, 3, 16, 16)
+    assert not torch.equal(model(images), model(images))
+
+
+def test_initial_weights_are_what_the_docstring_says():
+    """[D7] Red if tables start elsewhere than within two deviations of 0.01 around zero."""
+    torch.manual_seed(0)
+    model = dat.build("dat-t")
+    tables = torch.cat([p.detach().flatten() for n, p in model.named_parameters()
+                        if n.endswith("table")])
+    assert tables.abs().max() <= 0.02 and abs(tables.mean()) < 2e-4
+    assert float(tables.std()) == pytest.approx(0.0088, rel=0.02)   # of 0.01, cut at 0.02
+    linear = model.stages[0].blocks[0].mlp.expand
+    assert linear.weight.abs().max() <= 1 / math.sqrt(linear.in_features)
+
+
+STAGE = {"dim": 8, "heads": 2, "blocks": "LD", "groups": 1}
+BAD_STAGES = [
+    {"dim": 0}, {"dim": 7}, {"dim": 8.0}, {"heads": True}, {"heads": -2}, {"blocks": ""},
+    {"blocks": "LX"}, {"blocks": ["L"]}, {"groups": None}, {"blocks": "LS"}, {"groups": 3},
+    {"groups": 0}, {"window": 0}, {"window": "7"}, {"stride": 0}, {"kernel": 4}, {"kernel": -1},
+    {"offset_range": 0}, {"offset_range": -1.0}, {"offset_range": math.nan},
+    {"offset_range": math.inf}, {"offset_range": None}]
+BAD_CONFIGS = [
+    {"stages": ()}, {"stages": None}, {"stages": ("LD",)}, {"image_size": 0},
+    {"image_size": (8, 8, 8)}, {"image_size": (8, -1)}, {"image_size": 8.0}, {"patch": 0},
+    {"stem": "swin"}, {"stem": "conv", "patch": 3}, {"classes": 0}, {"mlp_ratio": 0},
+    {"mlp_ratio": math.inf}, {"mlp_ratio": "4"}, {"drop_path": -0.1}, {"drop_path": 1.0},
+    {"drop_path": math.nan}, {"geometry": "Paper"}, {"offsets": "no"}, {"position": None}]
+
+
+@pytest.mark.parametrize("change", BAD_STAGES, ids=str)
+def test_a_wrong_stage_field_is_named(change):
+    """Red if a value that cannot work is accepted, or its error hides which one it was."""
+    StageConfig(**STAGE)
+    field, value = next(iter(change.items()))
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}")):
+        StageConfig(**{**STAGE, **change})
+
+
+@pytest.mark.parametrize("change", BAD_CONFIGS, ids=str)
+def test_a_wrong_network_field_is_named(change):
+    """Red if a value that cannot work is accepted, or its error hides which one it was."""
+    field, value = list(change.items())[-1]
+    value = value[0] if field == "stages" and value == ("LD",) else value
+    with pytest.raises(ValueError, match=re.escape(field)) as error:
+        small_config(**change)
+    assert repr(value) in str(error.value)
+
+
+def test_wrong_arguments_of_parts_are_named():
+    """Red if DeformableAttention, build or an input of the wrong kind fails late or in riddles."""
+    for change in ({"groups": 3}, {"kernel": 2}, {"size": 0}, {"geometry": "x"}, {"position": "x"},
+                   {"offset_range": 0}, {"dim": 9}, {"size": (3,)}, {"offsets": "no"}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            DeformableAttention(**{"dim": 8, "heads": 4, "groups": 2, "size": 4, **change})
+    with pytest.raises(ValueError, match="dat-x"):
+        dat.build("dat-x")
+    with pytest.raises(ValueError, match="even"):
+        small_config(stem="conv", stages=(StageConfig(dim=3, heads=1, blocks="L"),))
+    model = DAT(small_config())
+    for images in (torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 0),
+                   torch.zeros(1, 3, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=re.escape(str(tuple(images.shape)))):
+            model(images)
+
+
+
