@@ -48,6 +48,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import math
 import os
@@ -190,10 +191,10 @@ class DATConfig:
 
 
 def _stages(dim: int, heads: int, blocks: tuple, groups: tuple, window: int = 7) -> tuple:
-    """Widths and heads double from stage to stage; the last two are deformable (Tab. 1)."""
-    return tuple(StageConfig(dim=dim * 2 ** i, heads=heads * 2 ** i, blocks=blocks[i],
-                             groups=groups[i], kernel=(9, 7, 5, 3)[i], window=window)
-                 for i in range(4))
+    """Widths and heads double from stage to stage, offset kernels end in 5, 3 (Tab. 1)."""
+    return tuple(StageConfig(dim=dim * 2 ** i, heads=heads * 2 ** i, blocks=letters,
+                             groups=groups[i], kernel=2 * (len(blocks) - i) + 1, window=window)
+                 for i, letters in enumerate(blocks))
 
 
 _T, _S = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
@@ -205,8 +206,8 @@ VARIANTS = {
     "dat-b-384": DATConfig(stages=_stages(128, 4, _S, _WIDE, 12), image_size=384, drop_path=0.5),
     "cifar": DATConfig(stages=_stages(48, 3, _T, _NARROW, 4), image_size=32, patch=1, stem="conv",
                        classes=10, drop_path=0.1),              # half-width DAT-T, maps 32/16/8/4
-    "cifar-nano": DATConfig(stages=_stages(32, 2, _T, (None, None, 2, 4), 4), image_size=32,
-                            patch=2, stem="conv", classes=10),  # for a CPU, maps 16/8/4/2
+    "cifar-nano": DATConfig(stages=_stages(48, 3, ("LS", "LDLD", "LD"), (None, 3, 6), 4),
+                            image_size=32, patch=4, stem="conv", classes=10),  # CPU, maps 8/4/2
 }
 
 
@@ -420,6 +421,15 @@ class DeformableAttention(nn.Module):
         elif position == "fixed":
             self.table = position_table(heads, H, W, cells(H, stride), cells(W, stride))
 
+    def reference_points(self, Hk: int, Wk: int, H: int, W: int, like: Tensor) -> Tensor:
+        """p, the uniform grid; the queries' own places with Hk, Wk = H, W. Paper: Sec. 3.2.
+
+        Shape: (Hk, Wk, 2), typed like `like`. Units: (y, x) in px of the map.
+        """
+        return torch.cartesian_prod(*(
+            cell_centres(count, length, geometry=self.geometry, like=like)
+            for count, length in ((Hk, H), (Wk, W)))).view(Hk, Wk, 2)
+
     def points(self, q: Tensor) -> Tensor:
         """p + dp, where a group's keys are sampled. Paper: Eq. 7 and dp <- s tanh(dp).
 
@@ -428,9 +438,7 @@ class DeformableAttention(nn.Module):
         (B, H, W, _), G = q.shape, self.groups
         Hk, Wk = cells(H, self.stride), cells(W, self.stride)
         like = q.new_empty(0, dtype=at_least_float32(q.dtype))
-        reference = torch.cartesian_prod(*(
-            cell_centres(n, length, geometry=self.geometry, like=like)
-            for n, length in ((Hk, H), (Wk, W)))).view(Hk, Wk, 2)
+        reference = self.reference_points(Hk, Wk, H, W, like)
         if self.offset is None:
             return reference.expand(B, G, Hk, Wk, 2)
         grouped = q.unflatten(3, (G, -1)).movedim(3, 1)         # (B, G, H, W, C / G)
@@ -454,7 +462,7 @@ class DeformableAttention(nn.Module):
             table = resize(table, (Hk, Wk)).permute(0, 3, 4, 1, 2)          # (M, Hk, Wk, H0, W0)
             return resize(table, (H, W)).flatten(3).flatten(1, 2).transpose(1, 2)[None]
         table = resize(table, (2 * H - 1, 2 * W - 1)).unflatten(0, (G, -1))
-        queries = torch.cartesian_prod(*(                       # (N, 2), moved to the centre
+        queries = torch.cartesian_prod(*(                       # (N, 2), shifted by the centre
             cell_centres(n, n, geometry=self.geometry, like=points) + (n - 1) for n in (H, W)))
         keys = points.transpose(0, 1).reshape(G, B, 1, Hk * Wk, 2)
         index = queries[:, None] - keys                         # (G, B, N, K, 2)
@@ -580,12 +588,12 @@ class DAT(nn.Module):
         x = self.features(images)[-1].permute(0, 2, 3, 1)
         return self.head(self.norm(x).mean(dim=(1, 2)))
 
-    def sampling_points(self, images: Tensor) -> list[Tensor]:
-        """Where every deformable block, in order, looks.
+    def deformable_inputs(self, images: Tensor) -> list[tuple]:
+        """For every D block in order: its attention, that one's input (B, H, W, C), `to_image`.
 
-        Shape: (B, 3, H, W) -> one (B, G, Hk, Wk, 2) per D block. Units: (y, x) in px of the image,
-        0 the centre of its first pixel. A map pixel stands where the convolutions that made it are
-        centred: mid-patch with stem="patch", at i (patch 2^stage) with stem="conv".
+        `to_image` takes (y, x) from px of that map to px of the image. A map pixel stands where
+        the convolutions that made it are centred: mid-patch with stem="patch", at the multiples
+        of patch 2^stage with stem="conv".
         """
         x, found = self.embed(images), []
         for i, stage in enumerate(self.stages):
@@ -594,10 +602,19 @@ class DAT(nn.Module):
             x = stage.down(x)
             for block in stage.blocks:
                 if isinstance(block.attention, DeformableAttention):
-                    q = block.attention.q(block.norm1(x))
-                    found.append(first + cell * block.attention.points(q))
+                    found.append((block.attention, block.norm1(x),
+                                  lambda yx, first=first, cell=cell: first + cell * yx))
                 x = block(x)
         return found
+
+    def sampling_points(self, images: Tensor) -> list[Tensor]:
+        """Where every deformable block, in order, looks.
+
+        Shape: (B, 3, H, W) -> one (B, G, Hk, Wk, 2) per D block. Units: (y, x) in px of the image,
+        0 the centre of its first pixel.
+        """
+        return [to_image(attention.points(attention.q(x)))
+                for attention, x, to_image in self.deformable_inputs(images)]
 
 
 # ============================================================ 9. the authors' weights
@@ -741,11 +758,13 @@ def _read_archive(path: Path, archive: SimpleNamespace) -> dict[str, bytes]:
     names, found = (*archive.splits[0], *archive.splits[1], archive.names), {}
     wanted = {f"{archive.folder}/{name}": name for name in names}
     try:
-        with tarfile.open(path, "r:gz") as tar:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 name = wanted.get(member.name.removeprefix("./"))
                 if name and member.isfile() and member.size < 1 << 28:
                     found[name] = tar.extractfile(member).read()
+            while stream.read(1 << 20):
+                pass                                            # to the end: there is the checksum
         md5 = hashlib.md5(path.read_bytes()).hexdigest()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}): remove it and get it again") from None
@@ -844,7 +863,7 @@ def load_dataset(name: str, data: str | None = None) -> Dataset:
     """One of DATASETS. Raises: InputError."""
     if name in CIFAR:
         return load_cifar(name, data)
-    train, test = (make_shapes(n, seed=seed)[:2] for n, seed in ((20_000, 1), (2_000, 2)))
+    train, test = (make_shapes(n, seed=seed)[:2] for n, seed in ((10_000, 1), (2_000, 2)))
     half = torch.full((3, 1, 1), 0.5)
     return Dataset(train=train, test=test, classes=SHAPES, mean=half, std=half / 2)
 
@@ -993,7 +1012,8 @@ def train(args: argparse.Namespace) -> int:
         """Writes last.pt and metrics.csv; (seed, step) is the generators' whole state."""
         state = {"config": asdict(model.config), "model": model.state_dict(), "step": step,
                  "optimizer": optimizer.state_dict(), "seed": args.seed, "history": history,
-                 "dataset": args.train, "classes": data.classes}
+                 "dataset": args.train, "classes": data.classes,
+                 "mean": data.mean.cpu(), "std": data.std.cpu()}
         write_atomically(out / "last.pt", lambda path: torch.save(state, path))
         rows = [",".join(map(str, row)) for row in (history[:1] and [history[0].keys()])
                 + [row.values() for row in history]]
@@ -1035,6 +1055,107 @@ def train(args: argparse.Namespace) -> int:
             save()
             print(f"signal {caught[0]}: stopped after step {step}, saved in {out}/last.pt")
     return 128 + caught[0] if caught else 0
+
+
+# ============================================================ 13. pictures
+
+
+@torch.no_grad()
+def inspect(model: DAT, images: Tensor) -> list[SimpleNamespace]:
+    """What the deformable blocks look at, one namespace per D block, in order.
+
+    reference (Hk, Wk, 2): the undeformed grid;  points (B, G, Hk, Wk, 2): where keys are read;
+    queries (N, 2): where the queries stand;  weights (B, M, N, K): the attention, Eq. 9;
+    importance (B, G, K): the attention a key receives, summed over its group's heads and queries.
+    Units: coordinates are (y, x) in px of the image.
+    """
+    views = []
+    for attention, x, to_image in model.deformable_inputs(images):
+        (B, H, W, _), G = x.shape, attention.groups
+        q, k, _, bias = attention.project(x)
+        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        weights = (scores if bias is None else scores + bias).softmax(dim=-1)
+        points = attention.points(attention.q(x))
+        reference, queries = (attention.reference_points(cells(H, r), cells(W, r), H, W, points)
+                              for r in (attention.stride, 1))
+        views.append(SimpleNamespace(
+            reference=to_image(reference), points=to_image(points), weights=weights,
+            queries=to_image(queries).flatten(0, 1),
+            importance=weights.unflatten(1, (G, -1)).sum(dim=(2, 3))))
+    return views
+
+
+def read_image(source: str, config: DATConfig, data: str | None = None) -> Tensor:
+    """An image file scaled to the size of `config`, or DATA:INDEX of a test set, e.g. shapes:3.
+
+    Shape: (1, 3, H, W) uint8. Raises: InputError.
+    """
+    name, _, index = source.partition(":")
+    if name in DATASETS:
+        images = load_dataset(name, data).test[0]
+        _check(index.isdecimal() and int(index) < len(images),
+               f"{source}: expected {name}: and an index from 0 to {len(images) - 1}")
+        return images[int(index)][None]
+    from PIL import Image, UnidentifiedImageError
+    height, width = _pair("image_size", config.image_size)
+    try:
+        image = Image.open(source).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{source} cannot be read as an image: {error}") from None
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
+        1, height, width, 3).permute(0, 3, 1, 2)
+
+
+def draw(image: Tensor, views: list[SimpleNamespace], out: Path, *, title: str = "",
+         queries: list[tuple[float, float]] | None = None) -> None:
+    """One PNG, a row per deformable block: moved points, important keys, keys of some queries.
+
+    `image` (3, H, W) uint8 and `views` = inspect(...) of it alone. `queries` (y, x) in px of the
+    image; by default those nearest to the most and to the least important key.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    colours = colormaps["tab10"].colors
+    figure = Figure(figsize=(13, 4.4 * len(views)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+
+    def scatter(axis, points: Tensor, size: Tensor | float, **style: object) -> None:
+        size = size.numpy() if isinstance(size, Tensor) else size
+        axis.scatter(points[..., 1].numpy(), points[..., 0].numpy(), s=size, **style)
+
+    for row, (view, axes) in enumerate(zip(views, figure.subplots(len(views), 3, squeeze=False))):
+        grid, points, importance = view.reference.flatten(0, 1), view.points[0], view.importance[0]
+        points = points.flatten(1, 2)                           # (G, K, 2)
+        offset = points - grid
+        length = offset.norm(dim=-1)
+        for axis, text in zip(axes, (
+                f"deformable block {row + 1}: points move {length.mean():.2f} px, at most "
+                f"{length.max():.2f}", "keys, sized by the attention they receive",
+                "queries (stars) and the keys they attend to most")):
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", alpha=0.75)
+            axis.set_title(text, fontsize=10)
+            axis.set_axis_off()
+        scatter(axes[0], grid, 9, color="white", edgecolors="black", linewidths=0.6)
+        for g in range(len(points)):
+            colour, move = colours[g % len(colours)], offset[g].numpy()
+            axes[0].quiver(grid[:, 1].numpy(), grid[:, 0].numpy(), move[:, 1], move[:, 0],
+                           color=colour, angles="xy", scale_units="xy", scale=1, width=0.005)
+            scatter(axes[0], points[g], 14, color=colour, label=f"group {g + 1}")
+            scatter(axes[1], points[g], 400 * importance[g] / importance.max(), color=colour,
+                    alpha=0.6)
+        axes[0].legend(fontsize=7, loc="lower right")
+        ranked = points.flatten(0, 1)[importance.flatten().argsort(descending=True)]
+        stars = torch.tensor(queries) if queries else ranked[[0, -1]]
+        for star, colour in zip(stars, ("red", "cyan", "yellow", "lime", "magenta") * len(stars)):
+            query = (view.queries - star).norm(dim=-1).argmin()
+            weights = view.weights[0, :, query].unflatten(0, (len(points), -1)).mean(dim=1)
+            top = weights.flatten().topk(min(8, weights.numel()))
+            scatter(axes[2], points.flatten(0, 1)[top.indices], 300 * top.values / top.values[0],
+                    facecolors="none", edgecolors=colour, linewidths=1.6)
+            scatter(axes[2], view.queries[query], 220, marker="*", color=colour, edgecolors="black")
+    write_atomically(out, lambda path: figure.savefig(path, dpi=80, format="png"))
 
 
 # ============================================================ 14. summary and benchmark
@@ -1089,6 +1210,46 @@ def _positive(kind: type) -> Callable[[str], int | float]:
     return parse
 
 
+def _yx(text: str) -> tuple[float, float]:
+    y, x = map(float, text.split(","))
+    return y, x
+
+
+def evaluate_checkpoint(args: argparse.Namespace) -> int:
+    """--eval: prints the test accuracy of --checkpoint."""
+    _check(args.checkpoint, "--eval needs --checkpoint FILE")
+    device, (model, _) = choose_device(args.device), load_checkpoint(args.checkpoint)
+    data = load_dataset(args.eval, args.data).to(device)
+    _check(model.config.classes == len(data.classes), f"{args.checkpoint} tells apart "
+           f"{model.config.classes} classes, {args.eval} has {len(data.classes)}")
+    print(f"test accuracy {evaluate(model.to(device), data):.2%}")
+    return 0
+
+
+def draw_checkpoint(args: argparse.Namespace) -> int:
+    """--draw: writes the picture of what --checkpoint sees in an image."""
+    _check(args.checkpoint, "--draw needs --checkpoint FILE")
+    model, checkpoint = load_checkpoint(args.checkpoint)
+    image, out = read_image(args.draw, model.config, args.data), Path(args.out or "points.png")
+    for y, x in args.query or ():
+        _check(0 <= y < image.shape[2] and 0 <= x < image.shape[3],
+               f"--query {y:g},{x:g} is outside the {image.shape[2]} x {image.shape[3]} image")
+    try:
+        pixels = (image.float() / 255 - checkpoint["mean"]) / checkpoint["std"]
+        names = checkpoint["classes"]
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise InputError(f"{args.checkpoint} lacks what --draw needs: {error}") from None
+    model.eval()
+    with torch.no_grad():
+        probability, best = model(pixels).softmax(dim=1).max(dim=1)
+    views = inspect(model, pixels)
+    _check(views, f"{args.checkpoint} has no deformable block to draw")
+    title = f"{args.draw}: {names[best]}, probability {probability.item():.0%}"
+    draw(image[0], views, out, title=title, queries=args.query)
+    print(f"{title}; wrote {out}")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0 done, 2 usage or input error, 128 + signal."""
     parser = _Parser(
@@ -1096,6 +1257,10 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="No data at hand? python dat.py --train shapes generates its own.")
     parser.add_argument("--train", choices=DATASETS, help="train on this data set")
     parser.add_argument("--eval", choices=DATASETS, help="test accuracy of --checkpoint FILE")
+    parser.add_argument("--draw", metavar="IMAGE", help="where --checkpoint FILE looks in a file, "
+                        "or in an image of a test set such as shapes:3; into --out points.png")
+    parser.add_argument("--query", type=_yx, action="append", metavar="Y,X",
+                        help="with --draw: show the keys of this pixel; may be repeated")
     parser.add_argument("--checkpoint", metavar="FILE", help="written by --train: OUT/last.pt")
     parser.add_argument("--data", metavar="DIR", help="holds the CIFAR archive or its folder")
     parser.add_argument("--model", choices=VARIANTS)
@@ -1111,13 +1276,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.train:
             return train(args)
         if args.eval:
-            _check(args.checkpoint, "--eval needs --checkpoint FILE")
-            device, (model, _) = choose_device(args.device), load_checkpoint(args.checkpoint)
-            data = load_dataset(args.eval, args.data).to(device)
-            _check(model.config.classes == len(data.classes), f"{args.checkpoint} tells apart "
-                   f"{model.config.classes} classes, {args.eval} has {len(data.classes)}")
-            print(f"test accuracy {evaluate(model.to(device), data):.2%}")
-            return 0
+            return evaluate_checkpoint(args)
+        if args.draw:
+            return draw_checkpoint(args)
         parser.print_help()
         return 0
     except InputError as error:

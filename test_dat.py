@@ -5,7 +5,6 @@ with a tolerance of 1e-9: both sides round differently, at about 1e-13 for value
 """
 import ast
 import contextlib
-import gzip
 import hashlib
 import io
 import math
@@ -15,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -164,7 +162,7 @@ def test_network_equals_the_loops(name):
         for ours, theirs in zip(features, expected):
             close(ours, theirs)
         found = model.sampling_points(images)
-    stage_of_block = [i for i, s in enumerate(config.stages) for letter in s.blocks if letter == "D"]
+    stage_of_block = [i for i, s in enumerate(config.stages) for _ in range(s.blocks.count("D"))]
     expected = loops.network_points(images.numpy(), state, plain)
     assert len(found) == len(expected) == len(stage_of_block)
     for i, ours, theirs in zip(stage_of_block, found, expected):
@@ -361,8 +359,8 @@ def test_shift_is_ceil_of_half_the_window():
 
 # ============================================================ the authors' numbers
 
-# Numbers of the authors' code (LeapLabTHU/DAT, commit 566a593) in float64 on a small
-# instance: logits, points of both deformable blocks, and gradient norms by sorted parameter name, the input's last.
+# Numbers of the authors' code (LeapLabTHU/DAT, commit 566a593) in float64 on a small instance:
+# logits, points of both deformable blocks, gradient norms by sorted parameter name (input last).
 OFFICIAL_LOGITS = [
     [-0.43485169763460385, -0.8876783540057376, 0.8909409627254677, -0.9839161479919881,
      0.8323711680806971],
@@ -607,7 +605,8 @@ def test_every_stage_field_changes_the_output(field, value):
 
 
 @settings(max_examples=40)
-@given(size=st.tuples(st.integers(1, 40), st.integers(1, 40)), stem=st.sampled_from(["patch", "conv"]))
+@given(size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+       stem=st.sampled_from(["patch", "conv"]))
 def test_any_image_size_works(size, stem):
     """[D2] Red if a size that divides by nothing, or a map that shrinks to a pixel, breaks."""
     model = DAT(small_config(patch=4, stem=stem)).eval()
@@ -807,4 +806,516 @@ def test_wrong_arguments_of_parts_are_named():
             model(images)
 
 
+# ============================================================ data
 
+
+def write_cifar(folder, name="cifar10", train=40, test=20, shift=0):
+    """A tiny data set in the official layout: pixel values say which record they belong to."""
+    archive = dat.CIFAR[name]
+    target = folder / archive.folder
+    target.mkdir(parents=True)
+    for number, split in ((train, archive.splits[0]), (test, archive.splits[1])):
+        for file in split:
+            records = np.random.RandomState(number).randint(
+                0, 256, (number, archive.label_bytes + 3072), dtype=np.uint8)
+            records[:, :archive.label_bytes] = (np.arange(number) % archive.classes)[:, None]
+            records[:, 0] += shift
+            (target / file).write_bytes(records.tobytes())
+    (target / archive.names).write_text("\n".join(f"class{i}" for i in range(archive.classes)))
+    return target
+
+
+def pack(folder, name="cifar10"):
+    """The folder as the official archive would hold it."""
+    archive = dat.CIFAR[name]
+    with tarfile.open(folder / archive.file, "w:gz") as tar:
+        tar.add(folder / archive.folder, archive.folder)
+    return folder / archive.file
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_archive_and_folder_hold_the_same_data(tmp_path, name, capsys):
+    """Red if planes, labels (the fine one of CIFAR-100) or files are read in a wrong order."""
+    folder = write_cifar(tmp_path, name, shift=3 if name == "cifar100" else 0)
+    expected = (folder / dat.CIFAR[name].splits[0][0]).read_bytes()
+    offset = dat.CIFAR[name].label_bytes
+    from_folder = dat.load_cifar(name, str(tmp_path))
+    from_inside = dat.load_cifar(name, str(folder))
+    pack(tmp_path, name)
+    for file in folder.iterdir():
+        file.unlink()
+    from_archive = dat.load_cifar(name, str(tmp_path))
+    assert "not the official archive" in capsys.readouterr().out
+    for data in (from_folder, from_inside, from_archive):
+        images, labels = data.train
+        files = len(dat.CIFAR[name].splits[0])
+        assert images.shape == (40 * files, 3, 32, 32) and images.dtype == torch.uint8
+        assert images[0].numpy().tobytes() == expected[offset:offset + 3072]
+        assert labels[:40].tolist() == [i % data.test[1].max().add(1).item() if name == "cifar10"
+                                        else i for i in range(40)]
+        assert data.test[0].shape == (20, 3, 32, 32) and data.classes[3] == "class3"
+        assert data.mean.shape == (3, 1, 1)
+
+
+def test_nothing_of_an_archive_is_written_to_disk(tmp_path):
+    """Red if members are extracted: their paths come from outside."""
+    write_cifar(tmp_path)
+    path = pack(tmp_path)
+    with tarfile.open(path) as tar:
+        members = [(m, tar.extractfile(m).read()) for m in tar if m.isfile()]
+    with tarfile.open(path, "w:gz") as tar:
+        for member, content in members:
+            for name in (member.name, "../escaped.bin", f"{tmp_path}/absolute.bin"):
+                member.name = name
+                tar.addfile(member, io.BytesIO(content))
+    folder = tmp_path / "only"
+    folder.mkdir()
+    path.rename(folder / path.name)
+    before = sorted(tmp_path.rglob("*"))
+    dat.load_cifar("cifar10", str(folder))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def damage(kind, folder):
+    """Breaks a tiny CIFAR-10 in `folder` in one way; returns words that the error must hold."""
+    extracted = write_cifar(folder)
+    if kind == "missing file":
+        (extracted / "data_batch_3.bin").unlink()
+        return ["data_batch_3.bin"]
+    if kind == "wrong record size":
+        (extracted / "data_batch_2.bin").write_bytes(b"x" * 5000)
+        return ["data_batch_2.bin", "5,000", "3073"]
+    if kind == "empty file":
+        (extracted / "test_batch.bin").write_bytes(b"")
+        return ["test_batch.bin", "0 bytes"]
+    if kind == "label out of range":
+        content = bytearray((extracted / "data_batch_1.bin").read_bytes())
+        content[3073] = 10
+        (extracted / "data_batch_1.bin").write_bytes(content)
+        return ["data_batch_1.bin", "label 10"]
+    path = pack(folder)
+    for file in extracted.iterdir():
+        file.unlink()
+    content = bytearray(path.read_bytes())
+    if kind == "truncated archive":
+        path.write_bytes(content[:len(content) // 2])
+    elif kind == "altered archive":
+        content[len(content) // 2] ^= 255
+        path.write_bytes(content)
+    elif kind == "not an archive":
+        path.write_bytes(b"<html>404</html>")
+    elif kind == "another archive":
+        with tarfile.open(path, "w:gz") as tar:
+            tar.add(HERE / "requirements.txt", "requirements.txt")
+        return ["data_batch_1.bin"]
+    return [path.name]
+
+
+@pytest.mark.parametrize("kind", [
+    "missing file", "wrong record size", "empty file", "label out of range", "truncated archive",
+    "altered archive", "not an archive", "another archive"])
+def test_damaged_data_gives_one_clear_line(tmp_path, kind):
+    """Red if damaged data trains, or ends in a traceback that does not name the file."""
+    words = damage(kind, tmp_path)
+    assert_input_error(run_cli("--train", "cifar10", "--data", tmp_path, "--out", tmp_path / "o"),
+                       *words)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A tiny official archive behind a URL, and an empty working directory."""
+    source = tmp_path / "source"
+    write_cifar(source)
+    path = pack(source)
+    content = path.read_bytes()
+    monkeypatch.setattr(dat, "CIFAR_URL", source.as_uri() + "/")
+    monkeypatch.setattr(dat.CIFAR["cifar10"], "size", len(content))
+    monkeypatch.setattr(dat.CIFAR["cifar10"], "md5", hashlib.md5(content).hexdigest())
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return path
+
+
+def test_download_happens_once_and_is_checked(mirror, capsys):
+    """Red if a second run downloads again, or anything but the checked archive is left behind."""
+    first = dat.load_cifar("cifar10")
+    assert "MB" in capsys.readouterr().out
+    assert [p.name for p in Path("data").iterdir()] == [mirror.name]
+    mirror.unlink()
+    second = dat.load_cifar("cifar10")
+    assert capsys.readouterr().out == ""
+    assert torch.equal(first.train[0], second.train[0])
+
+
+@pytest.mark.parametrize("attribute, value", [("md5", "0" * 32), ("size", 7)])
+def test_a_download_that_is_not_the_archive_is_not_kept(mirror, monkeypatch, attribute, value):
+    """Red if a file of another size or md5 is renamed to the archive's name."""
+    monkeypatch.setattr(dat.CIFAR["cifar10"], attribute, value)
+    assert_input_error(run_cli("--train", "cifar10"), value, "try again")
+    assert list(Path("data").iterdir()) == []
+
+
+def test_offline_the_error_says_what_to_do(mirror, monkeypatch):
+    """Red if the one line lacks what was tried, which file to put where, or the way without."""
+    monkeypatch.setattr(dat, "CIFAR_URL", "http://127.0.0.1:9/")
+    result = run_cli("--train", "cifar10")
+    assert_input_error(result, "http://127.0.0.1:9/", mirror.name, "data/", "--train shapes")
+    assert not list(Path(".").rglob("*.part"))
+    assert_input_error(run_cli("--train", "cifar100", "--data", "nowhere"), "nowhere",
+                       "cifar-100-binary.tar.gz", "--train shapes")
+
+
+def test_shapes_show_their_figure_where_the_mask_says():
+    """Red if masks and images come apart, a figure leaves the image, a kind is missing, or the
+    same seed draws something else."""
+    images, labels, masks = dat.make_shapes(400, seed=5)
+    again, other = dat.make_shapes(400, seed=5), dat.make_shapes(400, seed=6)
+    assert torch.equal(images, again[0]) and not torch.equal(images, other[0])
+    assert labels.bincount(minlength=8).min() > 20 and len(dat.SHAPES) == 8
+    share = masks.float().mean((1, 2))
+    assert share.min() > 0.005 and share.max() < 0.5
+    values, inside = images.float() / 255, masks[:, None].float()
+    count = inside.sum((2, 3))
+    mean = (values * inside).sum((2, 3)) / count
+    spread = ((values - mean[..., None, None]).square() * inside).sum((2, 3)) / count
+    assert spread.sqrt().max() < 0.06                               # one colour on the mask
+    outside = (values * (1 - inside)).sum((2, 3)) / (1024 - count)
+    assert (mean - outside).abs().amax(1).quantile(0.05) > 0.1      # another one off it
+
+
+# ============================================================ augmentation and training
+
+
+def test_crop_and_flip_moves_and_mirrors_each_image_on_its_own():
+    """Red if axes mix, rows flip, or two images of a batch share their draw."""
+    y, x = torch.meshgrid(torch.arange(1, 9), torch.arange(1, 7), indexing="ij")
+    image = torch.stack([y, x, torch.ones_like(y)]).to(torch.uint8)
+    images = image.expand(500, 3, 8, 6)
+    generator = torch.Generator().manual_seed(0)
+    out = dat.crop_and_flip(images, margin=2, generator=generator)
+    assert out.shape == images.shape and out.dtype == torch.uint8
+    padded, seen = F.pad(image, (2, 2, 2, 2)), set()
+    for one in out:
+        found = [(top, left, mirror) for top in range(5) for left in range(5)
+                 for mirror in ((), (2,))
+                 if torch.equal(padded[:, top:top + 8, left:left + 6].flip(mirror), one)]
+        assert len(found) == 1
+        seen |= set(found)
+    assert len(seen) == 50
+    again = dat.crop_and_flip(images, margin=2, generator=generator.manual_seed(0))
+    assert torch.equal(out, again)
+
+
+@given(steps=st.integers(1, 500), share=st.floats(0, 1), peak=st.floats(1e-6, 1))
+def test_learning_rate_rises_then_falls(steps, share, peak):
+    """Red if warm-up and cosine do not meet at the peak, or either is not monotone."""
+    warmup = int(share * steps)
+    rates = [dat.learning_rate(i, steps=steps, warmup=warmup, peak=peak) for i in range(steps + 2)]
+    assert rates[:warmup + 1] == sorted(rates[:warmup + 1])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert max(rates) <= peak * (1 + 1e-9) and min(rates) >= peak * 0.000999
+    assert rates[-1] == pytest.approx(0.01 * peak)
+    if 0 < warmup < steps:
+        assert rates[0] == pytest.approx(0.001 * peak) and rates[warmup] == pytest.approx(peak)
+
+
+def test_only_matrices_decay():
+    """Red if a bias, a norm or a position table (3-D and 5-D) decays, or a parameter is lost."""
+    model = DAT(small_config(position="fixed"))
+    decay, rest = dat.parameter_groups(model, 0.05)
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.05, 0.0)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decaying = {names[id(p)] for p in decay["params"]}
+    assert all(n.endswith("weight") and "norm" not in n for n in decaying)
+    assert not any(n.endswith("table") for n in decaying)
+    assert len(decay["params"]) + len(rest["params"]) == len(names)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A tiny CIFAR-10 and a tiny model under the name of the CPU's default."""
+    monkeypatch.chdir(tmp_path)
+    write_cifar(tmp_path / "data", train=30, test=64)
+    monkeypatch.setitem(dat.VARIANTS, "cifar-nano", small_config(patch=4, drop_path=0.1))
+    return tmp_path
+
+
+def test_training_reports_saves_and_evaluates_alike(tiny):
+    """Red if a run leaves no metrics or checkpoint, or --eval finds another accuracy."""
+    code, out, _ = run_cli("--train", "cifar10", "--epochs", 2, "--batch-size", 16, "--out", "o",
+                           "--device", "cpu")
+    assert code == 0
+    for words in ("150 images to train", "64 to test", "parameters", "2 epochs of 9 steps",
+                  "epoch 2/2", "images/s", "s left", "test accuracy"):
+        assert words in out, words
+    rows = [line.split(",") for line in Path("o/metrics.csv").read_text().splitlines()]
+    assert rows[0][:4] == ["epoch", "step", "loss", "test_accuracy"] and len(rows) == 3
+    assert [row[:2] for row in rows[1:]] == [["1", "9"], ["2", "18"]]
+    accuracy = f"{float(rows[2][3]):.2%}"
+    assert f"epoch 2/2  test accuracy {accuracy}" in out
+    assert sorted(p.name for p in Path("o").iterdir()) == ["last.pt", "metrics.csv"]
+    code, out, _ = run_cli("--eval", "cifar10", "--checkpoint", "o/last.pt")
+    assert code == 0 and f"test accuracy {accuracy}" in out
+    checkpoint = torch.load("o/last.pt", weights_only=True)
+    assert checkpoint["step"] == 18 and checkpoint["seed"] == 0
+    assert DATConfig(**checkpoint["config"]).classes == 10
+    assert {"optimizer", "model", "history", "dataset"} <= checkpoint.keys()
+
+
+def test_same_seed_same_run(tiny):
+    """Red if a draw escapes the seed."""
+    for seed, out in ((0, "a"), (0, "b"), (1, "c")):
+        assert run_cli("--train", "cifar10", "--epochs", 1, "--batch-size", 50, "--out", out,
+                       "--seed", seed)[0] == 0
+    a, b, c = (torch.load(f"{out}/last.pt")["model"] for out in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["head.weight"], c["head.weight"])
+
+
+def test_training_learns(tiny, monkeypatch):
+    """Red if gradients, labels or augmentation come apart: bright or dark is learnt in seconds."""
+    images = torch.randint(0, 100, (256, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(256) % 2
+    images += (labels * 120).to(torch.uint8).view(-1, 1, 1, 1)
+    half = torch.full((3, 1, 1), 0.5)
+    data = dat.Dataset(train=(images, labels), test=(images, labels), classes=("dark", "bright"),
+                       mean=half, std=half)
+    monkeypatch.setattr(dat, "load_dataset", lambda name, folder: data)
+    run_cli("--train", "shapes", "--epochs", 2, "--batch-size", 8, "--lr", 3e-3, "--out", "o")
+    assert float(Path("o/metrics.csv").read_text().split(",")[-2]) > 0.95
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_usable_checkpoint(tiny, number):
+    """Red if Ctrl-C loses the run, leaves a half-written file, or exits as if all were well."""
+    code = ("import dat, test_dat; dat.VARIANTS['cifar-nano'] = test_dat.small_config(patch=4); "
+            "raise SystemExit(dat.main(['--train', 'cifar10', '--epochs', '100000', "
+            "'--batch-size', '50', '--out', 'o']))")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(HERE)})
+    for line in process.stdout:
+        if "test accuracy" in line:
+            break
+    process.send_signal(number)
+    rest = process.stdout.read()
+    assert process.wait(60) == 128 + number and f"signal {int(number)}" in rest
+    assert sorted(p.name for p in Path("o").iterdir()) == ["last.pt", "metrics.csv"]
+    code, out, _ = run_cli("--eval", "cifar10", "--checkpoint", "o/last.pt")
+    assert code == 0 and "test accuracy" in out
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    """Red if a checkpoint is written in place: a full disk would destroy the one before."""
+    target = tmp_path / "last.pt"
+    dat.write_atomically(target, lambda path: path.write_text("old"))
+
+    def fail(path):
+        path.write_text("half")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError):
+        dat.write_atomically(target, fail)
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_checkpoints_of_strangers_run_nothing_and_end_in_one_line(tiny):
+    """Red if a pickle is executed, or a file that does not fit ends in a traceback."""
+    class Payload:
+        def __reduce__(self):
+            return (Path.write_text, (Path("pwned"), "x"))
+
+    torch.save(Payload(), "pickle.pt")
+    torch.save({"model": {}}, "other.pt")
+    torch.save({"config": asdict(small_config()), "model": {}}, "empty.pt")
+    torch.save({"config": {"stages": 3}, "model": {}}, "config.pt")
+    Path("noise.pt").write_bytes(os.urandom(500))
+    model = DAT(small_config())
+    torch.save({"config": asdict(model.config), "model": model.state_dict()}, "classes.pt")
+    for file in ("pickle.pt", "other.pt", "empty.pt", "config.pt", "noise.pt", "absent.pt",
+                 "classes.pt"):
+        assert_input_error(run_cli("--eval", "cifar10", "--checkpoint", file), file)
+    assert not Path("pwned").exists()
+
+
+# ============================================================ pictures
+
+
+@pytest.mark.parametrize("geometry", ["paper", "release"])
+@pytest.mark.parametrize("position", dat.CHOICES["position"])
+def test_inspected_attention_is_what_the_model_uses(geometry, position):
+    """Red if pictures show other weights or points than the forward pass has: weights times
+    values, projected, give the block's output."""
+    model = randomise(DAT(small_config(geometry=geometry, position=position)))
+    images = random_input(2, 3, 14, 19)
+    views, points = dat.inspect(model, images), model.sampling_points(images)
+    inputs = model.deformable_inputs(images)
+    assert len(views) == len(points) == len(inputs) == 2
+    for view, where, (attention, x, to_image) in zip(views, points, inputs):
+        _, _, v, _ = attention.project(x)
+        z = (view.weights @ v).transpose(1, 2).reshape(x.shape)
+        close(attention.out(z).detach(), attention(x).detach())
+        close(view.points, where.detach(), 1e-12)
+        B, G, Hk, Wk, _ = where.shape
+        assert view.reference.shape == (Hk, Wk, 2)
+        assert view.queries.shape == (x.shape[1] * x.shape[2], 2)
+        per_head = view.weights.sum(dim=2)                          # (B, M, K)
+        close(view.importance[:, -1], per_head[:, -(per_head.shape[1] // G):].sum(1), 1e-12)
+        close(view.importance.sum(), view.weights.sum())
+        attention.offset = None
+        close(to_image(attention.points(attention.q(x)))[0, 0].detach(), view.reference)
+
+
+@pytest.fixture
+def checkpoint(tiny):
+    assert run_cli("--train", "cifar10", "--epochs", 1, "--batch-size", 50, "--out", "o")[0] == 0
+    return "o/last.pt"
+
+
+def test_draw_makes_one_picture_of_files_and_test_images(checkpoint):
+    """Red if --draw fails on a size, a mode or an index, or the picture shows nothing."""
+    from PIL import Image
+    Image.new("L", (57, 33), 200).save("grey.png")
+    Image.new("RGB", (300, 200), (250, 20, 30)).save("photo.jpg")
+    for source in ("grey.png", "photo.jpg", "cifar10:3"):
+        code, out, _ = run_cli("--draw", source, "--checkpoint", checkpoint, "--query", "3,30",
+                               "--query", "31,0", "--out", "p.png")
+        assert code == 0 and source in out and "probability" in out and "class" in out
+        picture = np.asarray(Image.open("p.png").convert("RGB"))
+        assert picture.shape[0] > 600 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+    assert run_cli("--draw", "cifar10:0", "--checkpoint", checkpoint)[0] == 0
+    assert Path("points.png").exists()
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["absent.png"], "absent.png"), (["o/metrics.csv"], "o/metrics.csv"), (["cifar10:64"], "63"),
+    (["cifar10:-1"], "cifar10:-1"), (["cifar10:x"], "cifar10:x"), (["shapes:2000"], "1999"),
+    (["cifar10:0", "--query", "32,0"], "32,0"), (["cifar10:0", "--query", "3"], "3"),
+    (["cifar10:0", "--query", "nan,1"], "nan")])
+def test_draw_rejects_what_it_cannot_show(checkpoint, arguments, word):
+    """Red if bad input gives a traceback or leaves a picture."""
+    assert_input_error(run_cli("--draw", *arguments, "--checkpoint", checkpoint), word)
+    assert not Path("points.png").exists()
+
+
+def test_draw_needs_a_checkpoint_that_fits(tiny):
+    """Red if a missing checkpoint, or weights without their data's statistics, end in riddles."""
+    assert_input_error(run_cli("--draw", "cifar10:0"), "--checkpoint")
+    model = DAT(small_config(classes=10))
+    torch.save({"config": asdict(model.config), "model": model.state_dict()}, "bare.pt")
+    assert_input_error(run_cli("--draw", "cifar10:0", "--checkpoint", "bare.pt"), "bare.pt")
+    model = DAT(small_config(stages=(StageConfig(dim=8, heads=2, blocks="L"),)))
+    torch.save({"config": asdict(model.config), "model": model.state_dict(), "classes": ["a"] * 5,
+                "mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)}, "plain.pt")
+    assert_input_error(run_cli("--draw", "cifar10:0", "--checkpoint", "plain.pt"), "no deformable")
+
+
+# ============================================================ the tutorial
+
+
+def tutorial_blocks(language):
+    text = (HERE / "tutorial.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```\n(?:```text\n(.*?)```\n)?", text, re.DOTALL)
+
+
+def test_the_tutorial_prints_what_it_shows():
+    """Red if a Python block of the page fails, in order, or prints something else."""
+    namespace, options = {}, torch._tensor_str.PRINT_OPTS.__dict__.copy()
+    blocks = tutorial_blocks("python")
+    assert len(blocks) > 10
+    try:
+        for code, expected in blocks:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(code, "tutorial.md", "exec"), namespace)
+            assert out.getvalue() == expected, code
+    finally:
+        torch._tensor_str.PRINT_OPTS.__dict__.update(options)
+
+
+def test_the_tutorial_quotes_the_code_as_it_is():
+    """Red if a quoted line of dat.py has changed there."""
+    code = (HERE / "dat.py").read_text()
+    quotes = tutorial_blocks("py")
+    assert len(quotes) > 5
+    for quote, _ in quotes:
+        assert quote in code, quote
+
+
+# ============================================================ the command line and the house
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--train", "mnist"], "mnist"), (["--eval", "cifar10"], "--checkpoint"),
+    (["--fast"], "--fast"),
+    (["--train", "shapes", "--epochs", "0"], "--epochs"),
+    (["--train", "shapes", "--epochs", "many"], "many"),
+    (["--train", "shapes", "--lr", "nan"], "--lr"), (["--train", "shapes", "--lr", "-1"], "--lr"),
+    (["--train", "shapes", "--batch-size", "1.5"], "--batch-size"),
+    (["--train", "shapes", "--model", "resnet"], "resnet"),
+    (["--train", "shapes", "--device", "tpu"], "tpu")])
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, word, tmp_path, monkeypatch):
+    """Red if a mistake on the command line gives a traceback or starts something."""
+    monkeypatch.chdir(tmp_path)
+    assert_input_error(run_cli(*arguments), word)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_larger_than_the_data_is_an_input_error(tiny):
+    """Red if a run of no steps starts, or divides by zero."""
+    assert_input_error(run_cli("--train", "cifar10", "--batch-size", 151, "--out", "o"), 151, 150)
+    assert not Path("o").exists()
+
+
+def test_a_missing_device_is_an_input_error(monkeypatch):
+    """Red if --device cuda without CUDA fails inside PyTorch, or auto prefers it then."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_input_error(run_cli("--train", "shapes", "--device", "cuda"), "cuda")
+    assert dat.choose_device("auto") == torch.device("cpu")
+
+
+def test_an_existing_run_is_not_overwritten(tiny):
+    """Red if a second run into the same folder destroys the first one's checkpoint."""
+    Path("o").mkdir()
+    Path("o/last.pt").write_text("precious")
+    assert_input_error(run_cli("--train", "cifar10", "--out", "o"), "o/last.pt", "--out")
+    assert Path("o/last.pt").read_text() == "precious"
+
+
+def test_without_arguments_the_help_names_the_offline_start():
+    """Red if a newcomer is not told of the run that needs no download."""
+    code, out, err = run_cli()
+    assert code == 0 and err == "" and "--train shapes" in out and len(out.splitlines()) < 40
+
+
+def test_importing_does_nothing():
+    """Red if an import prints, draws random numbers, or needs Pillow or matplotlib."""
+    code = ("import sys, torch; state = torch.get_rng_state(); import dat, reference_numpy; "
+            "assert torch.equal(state, torch.get_rng_state()); "
+            "assert not {'PIL', 'matplotlib', 'pytest'} & set(sys.modules)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_the_loops_share_no_code_with_the_model():
+    """Red if the reference imports anything but numpy and math: it must stay a second opinion."""
+    tree = ast.parse((HERE / "reference_numpy.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                for alias in node.names}
+    assert imported == {"numpy", "math"}
+    assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
+
+
+def test_requirements_are_the_same_everywhere():
+    """Red if requirements.txt and the script metadata (PEP 723) of dat.py drift apart."""
+    header = re.search(r"# dependencies = \[(.*?)\]", (HERE / "dat.py").read_text()).group(1)
+    assert re.findall(r'"(.+?)"', header) == (HERE / "requirements.txt").read_text().split()
+
+
+def test_every_departure_is_explained_and_pinned():
+    """Red if a tag of the module docstring is missing from the tutorial or from these tests."""
+    tags = set(re.findall(r"^    \[(D\d+)\]", dat.__doc__, re.MULTILINE))
+    assert len(tags) >= 5
+    for file in ("tutorial.md", "test_dat.py"):
+        text = (HERE / file).read_text()
+        assert {tag for tag in tags if f"[{tag}]" in text} == tags, file
