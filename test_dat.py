@@ -517,7 +517,9 @@ def test_official_loading_names_every_key_that_does_not_fit():
     ("dat-t", 28_319_138, 4.56), ("dat-s", 49_700_402, 8.96), ("dat-b", 87_881_632, 15.72),
     ("dat-b-384", 88_178_272, 49.5), ("cifar", 7_406_196, 0.39)])
 def test_variants_have_the_published_size_and_cost(variant, parameters, gmacs):
-    """Red if a width, depth, kernel, bias or table of a variant changes."""
+    """Red if a width, depth, kernel, bias, table or drop path rate of a variant changes."""
+    rates = {"dat-t": 0.2, "dat-s": 0.3, "dat-b": 0.5, "dat-b-384": 0.5, "cifar": 0.1}
+    assert dat.VARIANTS[variant].drop_path == rates[variant]
     with torch.device("meta"):
         model = dat.build(variant)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -648,6 +650,23 @@ def test_tables_keep_centre_and_constants_when_resized():
     close(dat.resize(table, (3, 1))[:, 1, 0], table[:, 3, 2], 1e-12)
 
 
+@pytest.mark.parametrize("stem, patch", [("patch", 2), ("patch", 3), ("conv", 1), ("conv", 2),
+                                         ("conv", 4)])
+def test_a_map_pixel_stands_where_its_convolutions_are_centred(stem, patch):
+    """[D6] Red if points in the image are off: the image pixels that reach a pixel of the first
+    and second map through the convolutions alone lie symmetrically around its stated place."""
+    config = small_config(stem=stem, patch=patch, stages=tuple(
+        StageConfig(dim=8, heads=1, blocks="D", groups=1) for _ in range(2)))
+    model, images = randomise(DAT(config)), random_input(1, 3, 48, 48).requires_grad_()
+    x = model.embed(images)
+    for stage, (_, _, to_image) in zip(model.stages, model.deformable_inputs(images)):
+        x = stage.down(x)
+        (reached,) = torch.autograd.grad(x[0, 3, 2].sum(), images, retain_graph=True)
+        rows, columns = (reached[0].abs().sum((0, axis)).nonzero().flatten() for axis in (2, 1))
+        centre = torch.tensor([rows[0] + rows[-1], columns[0] + columns[-1]]) / 2
+        close(to_image(torch.tensor([3.0, 2.0])), centre)
+
+
 def test_images_of_a_batch_do_not_see_each_other():
     """Red if batch and group axes are merged in the wrong order anywhere."""
     model, images = randomise(DAT(small_config())), random_input(3, 3, 16, 18)
@@ -693,6 +712,31 @@ def test_half_precision_agrees_and_keeps_coordinates_in_float32(dtype):
         centres = dat.cell_centres(200, 200, geometry="paper", like=points[0])
         assert torch.equal(centres, torch.arange(200.0))
     assert model.double()(images.double()).dtype == torch.float64
+
+
+def test_points_are_bounded_in_float32_though_the_network_is_bfloat16():
+    """Red if tanh or the offset is computed in bfloat16, three digits, before joining p."""
+    attention, q = small_attention().bfloat16(), random_input(1, 4, 5, 8).bfloat16()
+    found = attention.points(q).detach()
+    raw = attention.offset(q.unflatten(3, (2, 4)).movedim(3, 1).flatten(0, 1)).float().detach()
+    reference = attention.reference_points(4, 5, 4, 5, found)
+    close(found, reference + raw.tanh().view(1, 2, 4, 5, 2), 1e-6)      # r = 1, s = 2: 1 px
+
+
+def test_attention_never_runs_on_cudnn(monkeypatch):
+    """Red if cuDNN's kernel, which has open bugs with additive masks, may be chosen, or if the
+    choice outlives the call."""
+    seen, real = [], F.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    DAT(small_config())(torch.randn(1, 3, 16, 16))
+    assert len(seen) == 5 and not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_compiled_and_exported_models_agree_with_eager():
@@ -761,10 +805,11 @@ BAD_STAGES = [
     {"blocks": "LX"}, {"blocks": ["L"]}, {"groups": None}, {"blocks": "LS"}, {"groups": 3},
     {"groups": 0}, {"window": 0}, {"window": "7"}, {"stride": 0}, {"kernel": 4}, {"kernel": -1},
     {"offset_range": 0}, {"offset_range": -1.0}, {"offset_range": math.nan},
-    {"offset_range": math.inf}, {"offset_range": None}]
+    {"offset_range": math.inf}, {"offset_range": None}, {"offset_range": True}, {"dim": True}]
 BAD_CONFIGS = [
     {"stages": ()}, {"stages": None}, {"stages": ("LD",)}, {"image_size": 0},
-    {"image_size": (8, 8, 8)}, {"image_size": (8, -1)}, {"image_size": 8.0}, {"patch": 0},
+    {"image_size": (8, 8, 8)}, {"image_size": (8, -1)}, {"image_size": 8.0},
+    {"image_size": True}, {"mlp_ratio": True}, {"patch": 0},
     {"stem": "swin"}, {"stem": "conv", "patch": 3}, {"classes": 0}, {"mlp_ratio": 0},
     {"mlp_ratio": math.inf}, {"mlp_ratio": "4"}, {"drop_path": -0.1}, {"drop_path": 1.0},
     {"drop_path": math.nan}, {"geometry": "Paper"}, {"offsets": "no"}, {"position": None}]
