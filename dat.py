@@ -50,12 +50,12 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import http.client
 import math
 import os
 import signal
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.request
 import zlib
@@ -93,7 +93,8 @@ def _check_fields(config: object, *, integers: str = "", choices: str = "") -> N
         _check(type(value) is int and value > 0, f"{name}={value!r} is not a positive integer")
     for name in choices.split():
         value = getattr(config, name)
-        _check(value in CHOICES[name], f"{name}={value!r} is not one of {CHOICES[name]}")
+        _check(value in CHOICES[name] and type(value) is type(CHOICES[name][0]),
+               f"{name}={value!r} is not one of {CHOICES[name]}")
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
@@ -172,20 +173,21 @@ class DATConfig:
                f"stages={self.stages!r} is not a non-empty tuple of StageConfig")
         stages = tuple(StageConfig(**s) if isinstance(s, dict) else s for s in self.stages)
         object.__setattr__(self, "stages", stages)
-        if _pair("image_size", self.image_size) and type(self.image_size) is not int:
-            object.__setattr__(self, "image_size", tuple(self.image_size))
+        pair = _pair("image_size", self.image_size)
+        if type(self.image_size) is not int:
+            object.__setattr__(self, "image_size", pair)
         _check_fields(self, integers="patch classes", choices=" ".join(CHOICES))
         dims = [s.dim for s in stages]
         _check(self.stem == "patch" or self.patch in CONV_STRIDES and dims[0] % 2 == 0,
                f"stem='conv' with patch={self.patch}, dim={dims[0]}: needs patch 1, 2 or 4 and an "
                "even dim in the first stage")
-        _check(_is_number(self.mlp_ratio, 1 / min(dims), math.inf),
+        _check(_is_number(self.mlp_ratio, 0, math.inf) and int(self.mlp_ratio * min(dims)) > 0,
                f"mlp_ratio={self.mlp_ratio!r} is not a number that leaves an MLP any width")
         _check(_is_number(self.drop_path, 0, 1), f"drop_path={self.drop_path!r} is not in [0, 1)")
 
     def map_sizes(self, image_size: int | tuple[int, int] | None = None) -> list[tuple[int, int]]:
         """(H, W) of each stage's map for an image of `image_size` (default: the configured)."""
-        size = _pair("image_size", image_size or self.image_size)
+        size = _pair("image_size", self.image_size if image_size is None else image_size)
         return [tuple(cells(length, self.patch * 2 ** i) for length in size)
                 for i in range(len(self.stages))]
 
@@ -213,16 +215,13 @@ VARIANTS = {
 
 def build(variant: str, **overrides: object) -> DAT:
     """The model of VARIANTS[variant], fields of its DATConfig replaced by `overrides`."""
-    _check(variant in VARIANTS, f"unknown variant {variant!r}, expected one of {list(VARIANTS)}")
+    _check(variant in list(VARIANTS), f"variant {variant!r} is not one of {list(VARIANTS)}")
+    unknown = overrides.keys() - DATConfig.__dataclass_fields__.keys()
+    _check(not unknown, f"DATConfig has no field {', '.join(sorted(unknown))}")
     return DAT(replace(VARIANTS[variant], **overrides))
 
 
 # ============================================================ 4. coordinates and sampling
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Coordinates live in this type: in bfloat16 one near 100 px would be off by 0.25 px."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def cell_centres(count: int, length: int, *, geometry: str, like: Tensor) -> Tensor:
@@ -345,11 +344,12 @@ class WindowAttention(nn.Module):
     def position_bias(self) -> Tensor:
         """(M, w w, w w): table[q - k + w - 1] for the cells q, k of a window.
 
-        Row q of that matrix is a stretch of w table entries, read backwards: k counts down.
+        What a query reads is a w x w piece of the table, which starts at q; k runs through it
+        backwards.
         """
         w = self.window
-        slices = self.table.unfold(1, w, 1).unfold(2, w, 1)     # (M, qy, qx, w, w)
-        return slices.flip(3, 4).flatten(3, 4).flatten(1, 2)
+        pieces = self.table.unfold(1, w, 1).unfold(2, w, 1)     # (M, qy, qx, w, w)
+        return pieces.flip(3, 4).flatten(3, 4).flatten(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         (B, H, W, C), M, w = x.shape, self.heads, self.window
@@ -366,7 +366,7 @@ class WindowAttention(nn.Module):
         inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=x.device), pads)
         inside = inside.view(rows, w, columns, w).transpose(1, 2).reshape(rows * columns, 1, 1, -1)
         bias = self.position_bias().masked_fill(~inside, -math.inf)         # (windows, M, w w, w w)
-        z = attend(q, k, v, bias.flatten(0, 1))                 # (B, windows M, w w, d)
+        z = attend(q, k, v, bias.flatten(0, 1)[None])           # (B, windows M, w w, d)
 
         z = z.view(B, rows, columns, M, w, w, C // M).permute(0, 1, 4, 2, 5, 3, 6)
         z = z.reshape(B, rows * w, columns * w, C)[:, before:before + H, before:before + W]
@@ -400,7 +400,7 @@ class DeformableAttention(nn.Module):
 
     Usable alone. Shape: (B, H, W, C) -> the same, at any H, W; `size` (int or (H, W)) is the map
     size that the position table is made for. `offsets=False` and `position` are the ablations.
-    Raises: ValueError naming the argument and its value.
+    Raises: ValueError naming the argument and its value, or the shape of a wrong input.
     """
 
     def __init__(self, *, dim: int, heads: int, groups: int, size: int | tuple[int, int],
@@ -433,11 +433,12 @@ class DeformableAttention(nn.Module):
     def points(self, q: Tensor) -> Tensor:
         """p + dp, where a group's keys are sampled. Paper: Eq. 7 and dp <- s tanh(dp).
 
-        Shape: (B, H, W, C) -> (B, G, Hk, Wk, 2). Units: (y, x) in px of the map.
+        Shape: (B, H, W, C) -> (B, G, Hk, Wk, 2). Units: (y, x) in px of the map, never less than
+        float32: in bfloat16 a coordinate near 100 would be off by a quarter of a pixel.
         """
         (B, H, W, _), G = q.shape, self.groups
         Hk, Wk = cells(H, self.stride), cells(W, self.stride)
-        like = q.new_empty(0, dtype=at_least_float32(q.dtype))
+        like = q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
         reference = self.reference_points(Hk, Wk, H, W, like)
         if self.offset is None:
             return reference.expand(B, G, Hk, Wk, 2)
@@ -474,12 +475,14 @@ class DeformableAttention(nn.Module):
 
         Shape: (B, H, W, C) -> (B, M, N, d), (B, M, K, d) twice, (B, M, N, K) or None.
         """
+        _check(x.ndim == 4 and x.shape[3] == self.q.in_features and 0 not in x.shape[1:],
+               f"expected (B, H, W, {self.q.in_features}), not {tuple(x.shape)}")
         (B, H, W, C), G, M = x.shape, self.groups, self.heads
         q = self.q(x)
         points = self.points(q)                                 # (B, G, Hk, Wk, 2) yx, px
         maps = x.permute(0, 3, 1, 2).reshape(B * G, C // G, H, W)
         sampled = bilinear_sample(maps, points.flatten(0, 1))   # (B G, C / G, Hk, Wk)
-        sampled = sampled.view(B, C, -1).transpose(1, 2)        # (B, K, C)
+        sampled = sampled.flatten(2).unflatten(0, (B, G)).flatten(1, 2).transpose(1, 2)  # (B, K, C)
         q, k, v = (t.unflatten(2, (M, -1)).transpose(1, 2)      # heads before positions
                    for t in (q.flatten(1, 2), self.k(sampled), self.v(sampled)))
         return q, k, v, self.position_bias(points, (H, W))
@@ -552,6 +555,7 @@ class DAT(nn.Module):
 
     def __init__(self, config: DATConfig):
         super().__init__()
+        _check(isinstance(config, DATConfig), f"expected a DATConfig, not {config!r}")
         self.config = config
         dim, patch = config.stages[0].dim, config.patch
         if config.stem == "patch":
@@ -569,7 +573,7 @@ class DAT(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> the tokens (B, H', W', C) that enter the first stage."""
         _check(images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
-               and 0 not in images.shape, "images must be floating point (B, 3, H, W), "
+               and 0 not in images.shape[1:], "images must be floating point (B, 3, H, W), "
                f"not {images.dtype} {tuple(images.shape)}")
         return self.stem(images.permute(0, 2, 3, 1))
 
@@ -589,21 +593,20 @@ class DAT(nn.Module):
         return self.head(self.norm(x).mean(dim=(1, 2)))
 
     def deformable_inputs(self, images: Tensor) -> list[tuple]:
-        """For every D block in order: its attention, that one's input (B, H, W, C), `to_image`.
+        """For every D block in order: its attention, that one's input (B, H, W, C), first, cell.
 
-        `to_image` takes (y, x) from px of that map to px of the image. A map pixel stands where
-        the convolutions that made it are centred: mid-patch with stem="patch", at the multiples
-        of patch 2^stage with stem="conv".
+        A point at y px of that map is at first + cell y px of the image: a map pixel stands where
+        the convolutions that made it are centred, mid-patch with stem="patch", at the multiples
+        of cell = patch 2^stage with stem="conv".
         """
         x, found = self.embed(images), []
         for i, stage in enumerate(self.stages):
-            cell = self.config.patch * 2 ** i                   # px of the image per px of the map
+            cell = self.config.patch * 2 ** i
             first = (cell - 1) / 2 if self.config.stem == "patch" else 0
             x = stage.down(x)
             for block in stage.blocks:
                 if isinstance(block.attention, DeformableAttention):
-                    found.append((block.attention, block.norm1(x),
-                                  lambda yx, first=first, cell=cell: first + cell * yx))
+                    found.append((block.attention, block.norm1(x), first, cell))
                 x = block(x)
         return found
 
@@ -613,8 +616,8 @@ class DAT(nn.Module):
         Shape: (B, 3, H, W) -> one (B, G, Hk, Wk, 2) per D block. Units: (y, x) in px of the image,
         0 the centre of its first pixel.
         """
-        return [to_image(attention.points(attention.q(x)))
-                for attention, x, to_image in self.deformable_inputs(images)]
+        return [first + cell * attention.points(attention.q(x))
+                for attention, x, first, cell in self.deformable_inputs(images)]
 
 
 # ============================================================ 9. the authors' weights
@@ -653,11 +656,11 @@ def _official_layout(model: DAT) -> dict[str, tuple[tuple[int, ...], Tensor | No
                 continue
             add(f"{prefix}.proj_qkv", attention.qkv)
             add(f"{prefix}.proj_out", attention.out)
-            M, side, cells = attention.heads, 2 * attention.window - 1, attention.window ** 2
+            M, side, area = attention.heads, 2 * attention.window - 1, attention.window ** 2
             layout[f"{prefix}.relative_position_bias_table"] = (side ** 2, M), attention.table
-            layout[f"{prefix}.relative_position_index"] = (cells, cells), None
+            layout[f"{prefix}.relative_position_index"] = (area, area), None
             if attention.shift:
-                layout[f"{prefix}.attn_mask"] = (H * W // cells, cells, cells), None
+                layout[f"{prefix}.attn_mask"] = (H * W // area, area, area), None
     add("cls_norm.norm", model.norm)
     add("cls_head", model.head)
     return layout
@@ -666,11 +669,13 @@ def _official_layout(model: DAT) -> dict[str, tuple[tuple[int, ...], Tensor | No
 def load_official(state_dict: dict, config: DATConfig) -> DAT:
     """A model with the weights of the authors' release, in geometry "release" [D1].
 
-    `state_dict`: theirs, or a dict that holds it under "model"; `config`: the architecture.
+    `state_dict`: theirs, or a dict that holds it under "model"; `config`: the architecture. The
+    weights take PyTorch's default type, whatever theirs is.
     Raises: ValueError that names every key that is missing, unknown or of another shape.
     """
     state = state_dict.get("model", state_dict) if isinstance(state_dict, dict) else None
     _check(isinstance(state, dict), f"expected a state dict, not a {type(state_dict).__name__}")
+    _check(isinstance(config, DATConfig), f"expected a DATConfig, not {config!r}")
     _check(config.stem == "patch" and config.position != "fixed", f"stem={config.stem!r}, position="
            f"{config.position!r}: the release's models have stem='patch' and no position='fixed'")
     model = DAT(replace(config, geometry="release"))
@@ -731,32 +736,46 @@ class Dataset:
         return (images.float() / 255 - self.mean) / self.std
 
 
-def download(url: str, target: Path, *, size: int, md5: str) -> None:
-    """Fetches `url` into a temporary file, renamed to `target` once size and md5 are right.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file and renames it to `path`: all of it or what was there."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
-    Raises: OSError if the transfer fails, InputError if something else than expected came.
+
+def download(url: str, target: Path, *, size: int, md5: str) -> None:
+    """Fetches `url`, which becomes `target` only once size and md5 are right.
+
+    Raises: OSError or HTTPException if the transfer fails, InputError if the file is another one.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    digest, done = hashlib.md5(), 0
-    with (contextlib.ExitStack() as cleanup, urllib.request.urlopen(url, timeout=30) as source,
-          tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as part):
-        cleanup.callback(Path(part.name).unlink, missing_ok=True)
-        while block := source.read(1 << 20):
-            part.write(block)
-            digest.update(block)
-            done += len(block)
-            print(f"\r{url}: {done / 1e6:.0f} of {size / 1e6:.0f} MB", end="", flush=True)
+    def fetch(part: Path) -> None:
+        digest, done = hashlib.md5(), 0
+        with urllib.request.urlopen(url, timeout=30) as source, part.open("wb") as file:
+            while done <= size and (block := source.read(1 << 20)):
+                file.write(block)
+                digest.update(block)
+                done += len(block)
+                print(f"\r{url}: {done / 1e6:.0f} of {size / 1e6:.0f} MB", end="", flush=True)
         print()
-        part.flush()
         _check((done, digest.hexdigest()) == (size, md5), f"{url} gave {done:,} bytes of md5 "
                f"{digest.hexdigest()}, expected {size:,} of {md5}: nothing was kept, try again")
-        os.replace(part.name, target)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, fetch)
+
+
+def _files(archive: SimpleNamespace) -> tuple[str, ...]:
+    return *archive.splits[0], *archive.splits[1], archive.names
 
 
 def _read_archive(path: Path, archive: SimpleNamespace) -> dict[str, bytes]:
     """The known members of the archive, read in memory: no path in it is ever written to."""
-    names, found = (*archive.splits[0], *archive.splits[1], archive.names), {}
-    wanted = {f"{archive.folder}/{name}": name for name in names}
+    wanted, found = {f"{archive.folder}/{name}": name for name in _files(archive)}, {}
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
@@ -779,11 +798,12 @@ def load_cifar(name: str, data: str | None = None) -> Dataset:
     Without `data`: from data/, where the archive is downloaded to if it is not there.
     Raises: InputError that says what was tried and which file belongs where.
     """
-    archive, root = CIFAR[name], Path(data or "data")
+    archive, root = CIFAR[name], Path("data" if data is None else data)
     path = root / archive.file
     for folder in (root / archive.folder, root):
         if (folder / archive.splits[1][0]).is_file():
-            files, path = {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}, folder
+            found, path = [folder / f for f in _files(archive) if (folder / f).is_file()], folder
+            files = {file.name: file.read_bytes() for file in found}
             break
     else:
         advice = (f"put {archive.file} ({archive.size:,} bytes, from {CIFAR_URL}) or its extracted "
@@ -792,7 +812,7 @@ def load_cifar(name: str, data: str | None = None) -> Dataset:
             _check(data is None, f"{root}/ holds neither {archive.file} nor its folder: {advice}")
             try:
                 download(CIFAR_URL + path.name, path, size=archive.size, md5=archive.md5)
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 raise InputError(f"no {path}, and no download ({error}): {advice}") from None
         files = _read_archive(path, archive)
 
@@ -827,16 +847,15 @@ def make_shapes(count: int, *, seed: int, side: int = 32) -> tuple[Tensor, Tenso
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
     pixel = torch.arange(side) + 0.5
-    ground = uniform(0, 1, 3, 1, 1)                             # one colour, blotched and grainy
-    blotches = F.interpolate(uniform(-0.2, 0.2, 3, 4, 4), (side, side), mode="bilinear")
-    images = ground + blotches + uniform(-0.05, 0.05, 3, side, side)
+    blotches = F.interpolate(uniform(0, 0.5, 3, 4, 4), (side, side), mode="bilinear")
+    images = blotches + uniform(-0.05, 0.05, 3, side, side)     # dark, blotched and grainy
     for _ in range(8):                                          # clutter: small coloured boxes
         y, x = uniform(0, side, 2, 1, 1, 1).unbind(1)
         height, width = uniform(0.5, side / 12, 2, 1, 1, 1).unbind(1)
         box = ((pixel[:, None] - y).abs() < height) & ((pixel - x).abs() < width)
-        images = torch.where(box, uniform(0, 1, 3, 1, 1), images)
+        images = torch.where(box, uniform(0, 0.6, 3, 1, 1), images)
 
-    radius, angle = uniform(0.16, 0.34, 1, 1) * side, uniform(0, 2 * math.pi, 1, 1)
+    radius, angle = uniform(0.2, 0.36, 1, 1) * side, uniform(0, 2 * math.pi, 1, 1)
     y, x = (radius + (side - 2 * radius) * uniform(0, 1, 1, 1) for _ in range(2))
     y, x = pixel[:, None] - y, pixel - x                        # from the figure's centre
     u = (x * angle.cos() + y * angle.sin()) / radius            # along its axes, (n, side, side)
@@ -854,8 +873,8 @@ def make_shapes(count: int, *, seed: int, side: int = 32) -> tuple[Tensor, Tenso
         (a < 1) & (b < 0.3)])
     labels = torch.randint(len(SHAPES), (count,), generator=generator)
     masks = figures[labels, torch.arange(count)]
-    colour = (ground + uniform(0.3, 0.7, 3, 1, 1)) % 1          # far from the ground's
-    images = torch.where(masks[:, None], colour + uniform(-0.05, 0.05, 3, side, side), images)
+    colour = uniform(0.5, 1, 3, 1, 1) + uniform(-0.05, 0.05, 3, side, side)
+    images = torch.where(masks[:, None], colour, images)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels, masks
 
 
@@ -863,8 +882,8 @@ def load_dataset(name: str, data: str | None = None) -> Dataset:
     """One of DATASETS. Raises: InputError."""
     if name in CIFAR:
         return load_cifar(name, data)
-    train, test = (make_shapes(n, seed=seed)[:2] for n, seed in ((10_000, 1), (2_000, 2)))
-    half = torch.full((3, 1, 1), 0.5)
+    test, *parts = (make_shapes(2_000, seed=seed)[:2] for seed in range(6))
+    train, half = tuple(map(torch.cat, zip(*parts))), torch.full((3, 1, 1), 0.5)
     return Dataset(train=train, test=test, classes=SHAPES, mean=half, std=half / 2)
 
 
@@ -893,9 +912,9 @@ def crop_and_flip(images: Tensor, *, margin: int = 4,
 # ============================================================ 12. training
 
 # (data, on CUDA) -> what a run is unless flags say otherwise: model, epochs, batch size, peak lr
-RECIPES = {("cifar", False): ("cifar-nano", 8, 128, 2e-3),
+RECIPES = {("cifar", False): ("cifar-nano", 6, 128, 2e-3),
            ("cifar", True): ("cifar", 300, 256, 1e-3),
-           ("shapes", False): ("cifar-nano", 2, 128, 2e-3),
+           ("shapes", False): ("cifar-nano", 5, 64, 2e-3),
            ("shapes", True): ("cifar", 20, 256, 1e-3)}
 
 
@@ -943,18 +962,6 @@ def evaluate(model: nn.Module, data: Dataset) -> float:
     return int(right) / len(data.test[1])
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file and renames it to `path`: all of it or what was there."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def load_checkpoint(path: str) -> tuple[DAT, dict]:
     """The model of a checkpoint, and all it holds; nothing in it is run. Raises: InputError."""
     try:
@@ -987,7 +994,9 @@ def train(args: argparse.Namespace) -> int:
     model_name, epochs, batch_size, peak = (
         flag or default
         for flag, default in zip((args.model, args.epochs, args.batch_size, args.lr), recipe))
-    out = Path(args.out or f"runs/{args.train}-{model_name}")
+    names = (f"runs/{args.train}-{model_name}{suffix}"
+             for suffix in ("", *(f"-{i}" for i in range(2, 10_000))))
+    out = Path(args.out or next(name for name in names if not Path(name).exists()))
     _check(not (out / "last.pt").exists(), f"{out}/last.pt exists: choose another --out")
     data = load_dataset(args.train, args.data).to(device)
     images, labels = data.train
@@ -1024,7 +1033,7 @@ def train(args: argparse.Namespace) -> int:
             epoch, position = divmod(step, per_epoch)
             torch.manual_seed(args.seed * 1_000_003 + step)     # all draws of a step follow from it
             if position == 0:
-                order = torch.randperm(len(images)).to(device)
+                order, losses = torch.randperm(len(images)).to(device), 0.0
                 model.train()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps=steps, warmup=steps // 20, peak=peak)
@@ -1036,7 +1045,7 @@ def train(args: argparse.Namespace) -> int:
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
-            step += 1
+            step, losses = step + 1, losses + loss.detach()
 
             now, last = time.monotonic(), step % per_epoch == 0
             if last or now - shown > 10:
@@ -1046,8 +1055,8 @@ def train(args: argparse.Namespace) -> int:
                       f"batch accuracy {accuracy:.1%}  {speed * batch_size:,.0f} images/s  "
                       f"{(steps - step) / speed:.0f} s left", flush=True)
             if last:
-                accuracy = evaluate(run, data)
-                history.append({"epoch": epoch + 1, "step": step, "loss": loss.item(),
+                accuracy = evaluate(model, data)                # not compiled, as --eval does it
+                history.append({"epoch": epoch + 1, "step": step, "loss": float(losses) / per_epoch,
                                 "test_accuracy": accuracy, "seconds": round(now - start, 1)})
                 print(f"epoch {epoch + 1}/{epochs}  test accuracy {accuracy:.2%}", flush=True)
                 save()
@@ -1070,7 +1079,7 @@ def inspect(model: DAT, images: Tensor) -> list[SimpleNamespace]:
     Units: coordinates are (y, x) in px of the image.
     """
     views = []
-    for attention, x, to_image in model.deformable_inputs(images):
+    for attention, x, first, cell in model.deformable_inputs(images):
         (B, H, W, _), G = x.shape, attention.groups
         q, k, _, bias = attention.project(x)
         scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
@@ -1079,8 +1088,8 @@ def inspect(model: DAT, images: Tensor) -> list[SimpleNamespace]:
         reference, queries = (attention.reference_points(cells(H, r), cells(W, r), H, W, points)
                               for r in (attention.stride, 1))
         views.append(SimpleNamespace(
-            reference=to_image(reference), points=to_image(points), weights=weights,
-            queries=to_image(queries).flatten(0, 1),
+            reference=first + cell * reference, points=first + cell * points, weights=weights,
+            queries=first + cell * queries.flatten(0, 1),
             importance=weights.unflatten(1, (G, -1)).sum(dim=(2, 3))))
     return views
 
@@ -1200,13 +1209,13 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (python dat.py --help lists the flags)")
 
 
-def _positive(kind: type) -> Callable[[str], int | float]:
+def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
     def parse(text: str) -> int | float:
         value = kind(text)
-        if not 0 < value < math.inf:
+        if not low <= value < high:
             raise ValueError
         return value
-    parse.__name__ = f"positive {kind.__name__}"                # argparse puts it into its message
+    parse.__name__ = f"{kind.__name__} from {low:g}"            # argparse puts it into its message
     return parse
 
 
@@ -1255,19 +1264,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(
         prog="dat.py", description="Vision Transformer with Deformable Attention (CVPR 2022).",
         epilog="No data at hand? python dat.py --train shapes generates its own.")
-    parser.add_argument("--train", choices=DATASETS, help="train on this data set")
-    parser.add_argument("--eval", choices=DATASETS, help="test accuracy of --checkpoint FILE")
-    parser.add_argument("--draw", metavar="IMAGE", help="where --checkpoint FILE looks in a file, "
-                        "or in an image of a test set such as shapes:3; into --out points.png")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--train", choices=DATASETS, help="train on this data set")
+    task.add_argument("--eval", choices=DATASETS, help="test accuracy of --checkpoint FILE")
+    task.add_argument("--draw", metavar="IMAGE", help="where --checkpoint FILE looks in a file, or "
+                      "in an image of a test set such as shapes:3; into --out points.png")
     parser.add_argument("--query", type=_yx, action="append", metavar="Y,X",
                         help="with --draw: show the keys of this pixel; may be repeated")
     parser.add_argument("--checkpoint", metavar="FILE", help="written by --train: OUT/last.pt")
     parser.add_argument("--data", metavar="DIR", help="holds the CIFAR archive or its folder")
     parser.add_argument("--model", choices=VARIANTS)
-    parser.add_argument("--epochs", type=_positive(int), metavar="N")
-    parser.add_argument("--batch-size", type=_positive(int), metavar="N")
-    parser.add_argument("--lr", type=_positive(float), metavar="X", help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--epochs", type=_number(int, 1), metavar="N")
+    parser.add_argument("--batch-size", type=_number(int, 1), metavar="N")
+    parser.add_argument("--lr", type=_number(float, 1e-12), metavar="X", help="peak learning rate")
+    parser.add_argument("--seed", type=_number(int, 0, 2 ** 31), default=0, metavar="N")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--out", metavar="DIR", help="default: runs/DATA-MODEL")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -1281,9 +1291,11 @@ def main(arguments: list[str] | None = None) -> int:
             return draw_checkpoint(args)
         parser.print_help()
         return 0
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"dat.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

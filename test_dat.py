@@ -6,6 +6,7 @@ with a tolerance of 1e-9: both sides round differently, at about 1e-13 for value
 import ast
 import contextlib
 import hashlib
+import http.client
 import io
 import math
 import os
@@ -489,6 +490,26 @@ def test_official_weights_are_taken_from_below_model():
         assert torch.equal(ours, theirs)
 
 
+def test_official_names_and_shapes_are_the_releases():
+    """Red if a name or shape, of a weight or a derived buffer, is not what the authors' code has:
+    the digest is of the sorted "name [shape]" lines of the instance above."""
+    layout = dat._official_layout(DAT(official_config(geometry="release")))
+    lines = "\n".join(f"{name} {list(shape)}" for name, (shape, _) in sorted(layout.items()))
+    assert hashlib.sha256(lines.encode()).hexdigest() == \
+        "23fc009648a3136b138f0d05151f149d3e31a405c1d330294d4e03e2bebb6533"
+
+
+@pytest.mark.parametrize("changes, absent", [
+    ({"offsets": False}, ("conv_offset",)), ({"position": "none"}, ("rpe_table",))])
+def test_official_weights_of_ablations_lack_what_these_lack(changes, absent):
+    """Red if an ablated model asks for weights it has no use for, or ignores those that come."""
+    config = official_config(**changes)
+    state = {k: v for k, v in official_state().items() if not any(part in k for part in absent)}
+    dat.load_official(state, config)
+    with pytest.raises(ValueError, match=f"{absent[0]}.* is unknown"):
+        dat.load_official(official_state(), config)
+
+
 def test_official_loading_names_every_key_that_does_not_fit():
     """Red if a missing, unknown or misshapen key, or a value that is no tensor, passes."""
     state = official_state()
@@ -508,6 +529,8 @@ def test_official_loading_names_every_key_that_does_not_fit():
     for changes in ({"stem": "conv"}, {"position": "fixed"}):
         with pytest.raises(ValueError, match="release"):
             dat.load_official(official_state(), official_config(**changes))
+    with pytest.raises(ValueError, match="DATConfig"):
+        dat.load_official(official_state(), None)
 
 
 # ============================================================ size and cost
@@ -659,12 +682,12 @@ def test_a_map_pixel_stands_where_its_convolutions_are_centred(stem, patch):
         StageConfig(dim=8, heads=1, blocks="D", groups=1) for _ in range(2)))
     model, images = randomise(DAT(config)), random_input(1, 3, 48, 48).requires_grad_()
     x = model.embed(images)
-    for stage, (_, _, to_image) in zip(model.stages, model.deformable_inputs(images)):
+    for stage, (_, _, first, cell) in zip(model.stages, model.deformable_inputs(images)):
         x = stage.down(x)
         (reached,) = torch.autograd.grad(x[0, 3, 2].sum(), images, retain_graph=True)
         rows, columns = (reached[0].abs().sum((0, axis)).nonzero().flatten() for axis in (2, 1))
         centre = torch.tensor([rows[0] + rows[-1], columns[0] + columns[-1]]) / 2
-        close(to_image(torch.tensor([3.0, 2.0])), centre)
+        close(first + cell * torch.tensor([3.0, 2.0]), centre)
 
 
 def test_images_of_a_batch_do_not_see_each_other():
@@ -680,9 +703,36 @@ def test_state_dict_round_trip_and_determinism_in_eval():
     first, second = DAT(small_config(drop_path=0.5)).eval(), DAT(small_config()).eval()
     images = torch.randn(2, 3, 16, 16)
     second.load_state_dict(first.state_dict())
+    before = [set(vars(module)) for module in first.modules()]
     first.sampling_points(images)
+    assert before == [set(vars(module)) for module in first.modules()]
     assert torch.equal(first(images), first(images))
     assert torch.equal(first(images), second(images))
+
+
+def test_an_empty_batch_passes_through():
+    """Red if a reshape guesses a size: detectors do get batches without a crop."""
+    model = DAT(small_config())
+    assert model(torch.zeros(0, 3, 16, 16)).shape == (0, 5)
+    assert small_attention()(random_input(0, 3, 4, 8)).shape == (0, 3, 4, 8)
+
+
+def test_fixed_tables_have_a_number_per_query_and_key_cell():
+    """Red if a fixed table is laid out for another number of keys than the offset network's."""
+    attention = small_attention(position="fixed", size=(4, 7), stride=2)
+    assert attention.table.shape == (4, 4, 7, 2, 4)
+
+
+def test_defaults_are_the_papers():
+    """Red if a default that the issue and the paper state changes."""
+    stage, config = StageConfig(dim=8, heads=2, blocks="L"), DATConfig(stages=small_config().stages)
+    assert asdict(stage) == {"dim": 8, "heads": 2, "blocks": "L", "window": 7, "groups": None,
+                             "stride": 1, "kernel": 5, "offset_range": 2.0}
+    assert {k: v for k, v in asdict(config).items() if k != "stages"} == {
+        "image_size": 224, "patch": 4, "stem": "patch", "classes": 1000, "mlp_ratio": 4,
+        "drop_path": 0.0, "geometry": "paper", "offsets": True, "position": "relative"}
+    one = DAT(DATConfig(stages=(stage,), drop_path=0.5))
+    assert one.stages[0].blocks[0].rate == 0                        # linear from 0; one block only
 
 
 def test_plain_values_build_the_configuration_again():
@@ -723,6 +773,34 @@ def test_points_are_bounded_in_float32_though_the_network_is_bfloat16():
     close(found, reference + raw.tanh().view(1, 2, 4, 5, 2), 1e-6)      # r = 1, s = 2: 1 px
 
 
+@pytest.mark.parametrize("geometry", ["paper", "release"])
+def test_half_precision_samples_where_float32_does(geometry):
+    """Red if map or table are read at coordinates in bfloat16, half a pixel off at 100 px: both
+    equal their float32 readings of the same bfloat16 numbers, rounded once."""
+    attention = small_attention(dim=4, heads=1, groups=1, size=(1, 160), geometry=geometry)
+    attention.bfloat16()
+    maps, points = random_input(1, 4, 1, 160).bfloat16(), torch.rand(1, 1, 1, 50, 2) * 160
+    points[..., 0] = 0
+    sampled = dat.bilinear_sample(maps, points[:, 0])
+    assert sampled.dtype == torch.bfloat16
+    close(sampled.float(), dat.bilinear_sample(maps.float(), points[:, 0]), 0.01)
+    bias = attention.position_bias(points, (1, 160)).detach().float()
+    close(bias, attention.float().position_bias(points, (1, 160)).detach(), 1e-6)
+
+
+def test_every_part_of_a_block_is_dropped():
+    """Red if one branch ignores its rate, or the shortcut is dropped with it."""
+    block = DAT(small_config()).stages[0].blocks[0].train()
+    z = torch.randn(64, 4, 4, 8)
+    block.rate = 1 - 1e-6
+    assert torch.equal(block(z), z)
+    block.rate, calls = 0.5, []
+    for branch in (block.attention, block.mlp):
+        branch.register_forward_hook(lambda *_: calls.append(1) or torch.ones(64, 4, 4, 8))
+    added = (block(z) - z).amax((1, 2, 3)).round().unique().tolist()
+    assert added == [0, 2, 4] and len(calls) == 2
+
+
 def test_attention_never_runs_on_cudnn(monkeypatch):
     """Red if cuDNN's kernel, which has open bugs with additive masks, may be chosen, or if the
     choice outlives the call."""
@@ -730,11 +808,13 @@ def test_attention_never_runs_on_cudnn(monkeypatch):
 
     def spy(*args, **kwargs):
         seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        assert args[0].dtype == kwargs["attn_mask"].dtype and kwargs["attn_mask"].ndim == 4
         return real(*args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    DAT(small_config())(torch.randn(1, 3, 16, 16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        DAT(small_config())(torch.randn(1, 3, 16, 16))
     assert len(seen) == 5 and not any(seen)
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
@@ -745,8 +825,10 @@ def test_compiled_and_exported_models_agree_with_eager():
     stage = StageConfig(dim=8, heads=2, blocks="SD", window=3, groups=1, stride=2, kernel=3)
     model, images = DAT(small_config(stages=(stage,))).eval(), torch.randn(2, 3, 16, 20)
     expected = model(images).detach()
-    exported = torch.export.export(model, (images,)).module()
+    batch = {0: torch.export.Dim("batch")}                          # H and W are fixed
+    exported = torch.export.export(model, (images,), dynamic_shapes=(batch,)).module()
     close(exported(images).detach(), expected, 1e-5)
+    close(exported(images[:1].repeat(5, 1, 1, 1)).detach(), expected[:1].repeat(5, 1), 1e-5)
     compiled = torch.compile(model, fullgraph=True)
     close(compiled(images).detach(), expected, 1e-5)
     points = torch.compile(model.sampling_points, fullgraph=True, backend="eager")(images)
@@ -803,6 +885,7 @@ STAGE = {"dim": 8, "heads": 2, "blocks": "LD", "groups": 1}
 BAD_STAGES = [
     {"dim": 0}, {"dim": 7}, {"dim": 8.0}, {"heads": True}, {"heads": -2}, {"blocks": ""},
     {"blocks": "LX"}, {"blocks": ["L"]}, {"groups": None}, {"blocks": "LS"}, {"groups": 3},
+    {"groups": 4},
     {"groups": 0}, {"window": 0}, {"window": "7"}, {"stride": 0}, {"kernel": 4}, {"kernel": -1},
     {"offset_range": 0}, {"offset_range": -1.0}, {"offset_range": math.nan},
     {"offset_range": math.inf}, {"offset_range": None}, {"offset_range": True}, {"dim": True}]
@@ -812,7 +895,8 @@ BAD_CONFIGS = [
     {"image_size": True}, {"mlp_ratio": True}, {"patch": 0},
     {"stem": "swin"}, {"stem": "conv", "patch": 3}, {"classes": 0}, {"mlp_ratio": 0},
     {"mlp_ratio": math.inf}, {"mlp_ratio": "4"}, {"drop_path": -0.1}, {"drop_path": 1.0},
-    {"drop_path": math.nan}, {"geometry": "Paper"}, {"offsets": "no"}, {"position": None}]
+    {"drop_path": math.nan}, {"geometry": "Paper"}, {"offsets": "no"},
+    {"offsets": 1}, {"mlp_ratio": 0.1}, {"position": None}]
 
 
 @pytest.mark.parametrize("change", BAD_STAGES, ids=str)
@@ -840,8 +924,18 @@ def test_wrong_arguments_of_parts_are_named():
                    {"offset_range": 0}, {"dim": 9}, {"size": (3,)}, {"offsets": "no"}):
         with pytest.raises(ValueError, match=next(iter(change))):
             DeformableAttention(**{"dim": 8, "heads": 4, "groups": 2, "size": 4, **change})
-    with pytest.raises(ValueError, match="dat-x"):
-        dat.build("dat-x")
+    for variant in ("dat-x", ["dat-t"]):
+        with pytest.raises(ValueError, match="dat-b-384"):
+            dat.build(variant)
+    with pytest.raises(ValueError, match="clases"):
+        dat.build("dat-t", clases=3)
+    with pytest.raises(ValueError, match="DATConfig"):
+        DAT({"stages": ()})
+    with pytest.raises(ValueError, match="image_size=0"):
+        small_config().map_sizes(0)
+    for x in (torch.zeros(2, 3, 8), torch.zeros(1, 2, 3, 7), torch.zeros(1, 0, 3, 8)):
+        with pytest.raises(ValueError, match=re.escape(str(tuple(x.shape)))):
+            small_attention()(x.double())
     with pytest.raises(ValueError, match="even"):
         small_config(stem="conv", stages=(StageConfig(dim=3, heads=1, blocks="L"),))
     model = DAT(small_config())
@@ -998,6 +1092,16 @@ def test_a_download_that_is_not_the_archive_is_not_kept(mirror, monkeypatch, att
     """Red if a file of another size or md5 is renamed to the archive's name."""
     monkeypatch.setattr(dat.CIFAR["cifar10"], attribute, value)
     assert_input_error(run_cli("--train", "cifar10"), value, "try again")
+    assert list(Path("data").iterdir()) == []
+
+
+def test_a_transfer_that_breaks_is_an_input_error(mirror, monkeypatch):
+    """Red if a server that talks nonsense ends in a traceback or leaves a part of the archive."""
+    def broken(*_, **__):
+        raise http.client.BadStatusLine("nonsense")
+
+    monkeypatch.setattr(dat.urllib.request, "urlopen", broken)
+    assert_input_error(run_cli("--train", "cifar10"), "nonsense", mirror.name, "--train shapes")
     assert list(Path("data").iterdir()) == []
 
 
@@ -1196,7 +1300,7 @@ def test_inspected_attention_is_what_the_model_uses(geometry, position):
     views, points = dat.inspect(model, images), model.sampling_points(images)
     inputs = model.deformable_inputs(images)
     assert len(views) == len(points) == len(inputs) == 2
-    for view, where, (attention, x, to_image) in zip(views, points, inputs):
+    for view, where, (attention, x, first, cell) in zip(views, points, inputs):
         _, _, v, _ = attention.project(x)
         z = (view.weights @ v).transpose(1, 2).reshape(x.shape)
         close(attention.out(z).detach(), attention(x).detach())
@@ -1208,7 +1312,10 @@ def test_inspected_attention_is_what_the_model_uses(geometry, position):
         close(view.importance[:, -1], per_head[:, -(per_head.shape[1] // G):].sum(1), 1e-12)
         close(view.importance.sum(), view.weights.sum())
         attention.offset = None
-        close(to_image(attention.points(attention.q(x)))[0, 0].detach(), view.reference)
+        undeformed = first + cell * attention.points(attention.q(x))[0, 0].detach()
+        close(undeformed, view.reference)
+        if attention.stride == 1:                                   # a key per query, same places
+            close(view.queries, view.reference.flatten(0, 1), 1e-12)
 
 
 @pytest.fixture
@@ -1298,7 +1405,10 @@ def test_the_tutorial_quotes_the_code_as_it_is():
     (["--train", "shapes", "--lr", "nan"], "--lr"), (["--train", "shapes", "--lr", "-1"], "--lr"),
     (["--train", "shapes", "--batch-size", "1.5"], "--batch-size"),
     (["--train", "shapes", "--model", "resnet"], "resnet"),
-    (["--train", "shapes", "--device", "tpu"], "tpu")])
+    (["--train", "shapes", "--device", "tpu"], "tpu"),
+    (["--train", "shapes", "--seed", "-1"], "-1"),
+    (["--train", "shapes", "--seed", "1" + "0" * 20], "--seed"),
+    (["--train", "shapes", "--eval", "shapes"], "not allowed")])
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, word, tmp_path, monkeypatch):
     """Red if a mistake on the command line gives a traceback or starts something."""
     monkeypatch.chdir(tmp_path)
@@ -1317,6 +1427,21 @@ def test_a_missing_device_is_an_input_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_input_error(run_cli("--train", "shapes", "--device", "cuda"), "cuda")
     assert dat.choose_device("auto") == torch.device("cpu")
+
+
+def test_runs_of_the_same_name_are_numbered(tiny):
+    """Red if a second run with the same flags fails or overwrites the first."""
+    for _ in range(2):
+        assert run_cli("--train", "cifar10", "--epochs", 1, "--batch-size", 75)[0] == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["cifar10-cifar-nano",
+                                                              "cifar10-cifar-nano-2"]
+
+
+def test_files_that_cannot_be_written_or_read_are_one_line(tiny):
+    """Red if an operating system error reaches the user as a traceback."""
+    Path("file").write_text("")
+    for out in ("file", "file/below"):
+        assert_input_error(run_cli("--train", "cifar10", "--epochs", 1, "--out", out), "file")
 
 
 def test_an_existing_run_is_not_overwritten(tiny):

@@ -30,7 +30,8 @@ def geometries(path):
             points[len(points) // 2].tolist()
         axis.add_patch(plt.Rectangle((x - reach, y - reach), 2 * reach, 2 * reach, color="tab:red",
                                      alpha=0.15, label="reach of one point, s = 2"))
-        axis.set(title=f'"{geometry}", r = {r}: reach {reach:.2f} px', aspect="equal", xlim=(-0.6, 5.6), ylim=(5.6, -0.6))
+        axis.set(title=f'"{geometry}", r = {r}: reach {reach:.2f} px', aspect="equal",
+                 xlim=(-0.6, 5.6), ylim=(5.6, -0.6))
         axis.set_xticks(range(length))
         axis.set_yticks(range(length))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
