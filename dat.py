@@ -1024,9 +1024,9 @@ def train(args: argparse.Namespace) -> int:
                  "dataset": args.train, "classes": data.classes,
                  "mean": data.mean.cpu(), "std": data.std.cpu()}
         write_atomically(out / "last.pt", lambda path: torch.save(state, path))
-        rows = [",".join(map(str, row)) for row in (history[:1] and [history[0].keys()])
-                + [row.values() for row in history]]
-        write_atomically(out / "metrics.csv", lambda path: path.write_text("\n".join(rows) + "\n"))
+        rows = [("epoch", "step", "loss", "test_accuracy", "seconds"), *history]
+        text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+        write_atomically(out / "metrics.csv", lambda path: path.write_text(text))
 
     with catch_signals() as caught:
         while step < steps and not caught:
@@ -1056,8 +1056,7 @@ def train(args: argparse.Namespace) -> int:
                       f"{(steps - step) / speed:.0f} s left", flush=True)
             if last:
                 accuracy = evaluate(model, data)                # not compiled, as --eval does it
-                history.append({"epoch": epoch + 1, "step": step, "loss": float(losses) / per_epoch,
-                                "test_accuracy": accuracy, "seconds": round(now - start, 1)})
+                history.append((epoch + 1, step, float(losses) / per_epoch, accuracy, now - start))
                 print(f"epoch {epoch + 1}/{epochs}  test accuracy {accuracy:.2%}", flush=True)
                 save()
         if caught:

@@ -1,18 +1,18 @@
 """Do the sampling points find the object? Trains small models on `shapes`, whose masks are known.
 
-    python figures/study.py NAME [--epochs N] [--seeds 0 1 2]     # run from the repository's root
+    python figures/study.py NAME [--epochs N] [--seeds N]         # run from the repository's root
     NAME: offsets (the main question), range (s), groups (G), position, windows
 
-Every run is `python dat.py --train shapes` with one field of the model changed; rows are appended
-to runs/study/NAME.jsonl, finished ones are not repeated, and the table of means and spreads
-(smallest to largest) is printed at the end. A run uses one thread, so two fit on two cores.
+Every run is `python dat.py --train shapes` with one field of the model changed. Rows are kept in
+runs/study/rows.jsonl and not computed again; the table is printed at the end. A run uses one
+thread, so that two studies run side by side on two cores.
 """
 import argparse
+import hashlib
 import json
 import platform
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -21,29 +21,30 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dat
 
-# 8 x 8 and 4 x 4 sampling points on a 32-pixel image, so that s = 2 allows 4 and 8 px.
-BASE = dat.DATConfig(
-    stages=tuple(dat.StageConfig(dim=24 * 2 ** i, heads=4 * 2 ** i, blocks=blocks, window=4,
-                                 groups=2 if "D" in blocks else None, kernel=(5, 5, 3)[i])
-                 for i, blocks in enumerate(("LS", "LD", "LD"))),
-    image_size=32, patch=2, stem="conv", classes=8)
+def model(dims, blocks, *, offsets=True, position="relative", **changes):
+    """A small DAT for 32-pixel images; `changes` apply to the stages with deformable blocks."""
+    return dat.DATConfig(
+        stages=tuple(dat.StageConfig(dim=dim, heads=dim // 12, blocks=letters, window=4, kernel=3,
+                                     **({"groups": 2, **changes} if "D" in letters else {}))
+                     for dim, letters in zip(dims, blocks)),
+        image_size=32, patch=4, stem="conv", classes=8, offsets=offsets, position=position)
 
 
-def with_stages(blocks=("LS", "LD", "LD"), **changes):
-    """BASE with other blocks, and `changes` in every stage that has a deformable one."""
-    return replace(BASE, stages=tuple(
-        replace(stage, blocks=letters, **{"groups": 2, **changes} if "D" in letters
-                else {"groups": None})
-        for stage, letters in zip(BASE.stages, blocks)))
+ROWS = Path("runs/study/rows.jsonl")
+
+
+# Two stages of 8 x 8 and 4 x 4 points, 4 and 8 image pixels apart; the window study has a third.
+def two(**changes):
+    return model((48, 96), ("LD", "LD"), **changes)
 
 
 STUDIES = {
-    "offsets": {"learned": BASE, "offsets=False": replace(BASE, offsets=False)},
-    "range": {f"s={s:g}": with_stages(offset_range=float(s)) for s in (0.5, 1, 2, 4, 8, 100)},
-    "groups": {f"G={g}": with_stages(groups=g) for g in (1, 2, 4)},
-    "position": {p: replace(BASE, position=p) for p in ("relative", "fixed", "none")},
-    "windows": {"/".join(b): with_stages(blocks=b) for b in
-                (("LS", "LD", "LD"), ("LD", "LD", "LD"), ("LD", "LD", "LS"), ("LS", "LS", "LS"))},
+    "offsets": {"learned": two(), "offsets=False": two(offsets=False)},
+    "range": {f"s={s:g}": two(offset_range=float(s)) for s in (0.5, 1, 2, 4, 8, 100)},
+    "groups": {f"G={g}": two(groups=g) for g in (1, 2, 4)},
+    "position": {name: two(position=name) for name in ("relative", "fixed", "none")},
+    "windows": {"/".join(blocks): model((48, 96, 192), blocks) for blocks in
+                (("LS", "LS", "LD"), ("LS", "LD", "LD"), ("LD", "LD", "LD"))},
 }
 
 
@@ -69,56 +70,55 @@ def measure(model, images, labels, masks):
     return dict(zip(("accuracy", "points", "attention", "used"), [right / len(labels), *shares]))
 
 
-def run(study, label, config, seed, epochs):
+def run(config, seed, epochs):
+    """Trains `config` on `shapes` and measures it, as it is and with its offsets taken out."""
+    key = hashlib.sha256(f"{config} {seed} {epochs}".encode()).hexdigest()[:16]
     dat.VARIANTS["study"] = config
-    out = Path("runs/study") / f"{study}-{label.replace('/', '-')}-{seed}"
-    start = time.monotonic()
+    out, start = ROWS.parent / key, time.monotonic()
     if not (out / "last.pt").exists():
         code = dat.main(["--train", "shapes", "--model", "study", "--device", "cpu", "--seed",
                          str(seed), "--epochs", str(epochs), "--out", str(out)])
         assert code == 0, f"exit code {code}"
-    row = {"label": label, "seed": seed, "epochs": epochs, "seconds": time.monotonic() - start,
+    row = {"key": key, "seconds": time.monotonic() - start,
            "mmac": dat.multiply_accumulates(config) / 1e6}
     model, _ = dat.load_checkpoint(str(out / "last.pt"))
-    images, labels, masks = dat.make_shapes(2000, seed=0)           # the test set of `shapes`
-    row |= measure(model.eval(), images, labels, masks)
-    for module in model.modules():                                  # the undeformed grid
+    test = dat.make_shapes(2000, seed=0)                            # the test set of `shapes`
+    row |= measure(model.eval(), *test)
+    for module in model.modules():                                  # back to the uniform grid
         if isinstance(module, dat.DeformableAttention):
             module.offset = None
-    row |= {f"grid_{k}": v for k, v in measure(model, images, labels, masks).items()}
+    row |= {f"grid_{name}": value for name, value in measure(model, *test).items()}
+    with ROWS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
     return row
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    path = Path("runs/study") / f"{args.study}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for seed in args.seeds:
+    ROWS.parent.mkdir(parents=True, exist_ok=True)
+    ROWS.touch()
+    table = {}
+    for seed in range(args.seeds):
         for label, config in STUDIES[args.study].items():
-            if not any((r["label"], r["seed"], r["epochs"]) == (label, seed, args.epochs)
-                       for r in rows):
-                rows.append(run(args.study, label, config, seed, args.epochs))
-                with path.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-    print(f"\n{len(args.seeds)} seeds, {args.epochs} epochs of 10,000 images, one thread, "
-          f"{platform.processor() or platform.machine()}, torch {torch.__version__}; mean "
-          "(smallest-largest), %\n")
+            key = hashlib.sha256(f"{config} {seed} {args.epochs}".encode()).hexdigest()[:16]
+            done = {row["key"]: row for row in map(json.loads, ROWS.read_text().splitlines())}
+            table.setdefault(label, []).append(done.get(key) or run(config, seed, args.epochs))
+    print(f"\n{args.seeds} seeds, {args.epochs} epochs of 10,000 images, one thread of "
+          f"{platform.machine()}, torch {torch.__version__}; %, mean (smallest to largest)\n")
     columns = ("accuracy", "points", "grid_points", "attention", "grid_attention", "grid_accuracy",
                "used")
     print(f"| {args.study} | " + " | ".join(columns) + " | MMAC | s |")
     print("|---" * (len(columns) + 3) + "|")
-    for label in STUDIES[args.study]:
-        mine = [r for r in rows if r["label"] == label and r["epochs"] == args.epochs]
-        cells = [f"{100 * mean(r[c] for r in mine):.1f} ({100 * min(r[c] for r in mine):.1f}-"
-                 f"{100 * max(r[c] for r in mine):.1f})" for c in columns]
-        print(f"| {label} | " + " | ".join(cells)
-              + f" | {mine[0]['mmac']:.1f} | {mean(r['seconds'] for r in mine):.0f} |")
+    for label, rows in table.items():
+        values = [[100 * row[column] for row in rows] for column in columns]
+        print(f"| {label} | " + " | ".join(f"{mean(v):.1f} ({min(v):.1f} to {max(v):.1f})"
+                                           for v in values)
+              + f" | {rows[0]['mmac']:.1f} | {mean(row['seconds'] for row in rows):.0f} |")
 
 
 if __name__ == "__main__":
