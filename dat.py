@@ -208,7 +208,7 @@ VARIANTS = {
     "dat-b-384": DATConfig(stages=_stages(128, 4, _S, _WIDE, 12), image_size=384, drop_path=0.5),
     "cifar": DATConfig(stages=_stages(48, 3, _T, _NARROW, 4), image_size=32, patch=1, stem="conv",
                        classes=10, drop_path=0.1),              # half-width DAT-T, maps 32/16/8/4
-    "cifar-nano": DATConfig(stages=_stages(48, 3, ("LS", "LDLD", "LD"), (None, 3, 6), 4),
+    "cifar-nano": DATConfig(stages=_stages(48, 3, ("LSD", "LDLD", "LD"), (3, 3, 6), 4),
                             image_size=32, patch=4, stem="conv", classes=10),  # CPU, maps 8/4/2
 }
 
@@ -1122,11 +1122,9 @@ def draw(image: Tensor, views: list[SimpleNamespace], out: Path, *, title: str =
     image; by default those nearest to the most and to the least important key.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     colours = colormaps["tab10"].colors
     figure = Figure(figsize=(13, 4.4 * len(views)), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
 
     def scatter(axis, points: Tensor, size: Tensor | float, **style: object) -> None:
@@ -1138,12 +1136,16 @@ def draw(image: Tensor, views: list[SimpleNamespace], out: Path, *, title: str =
         points = points.flatten(1, 2)                           # (G, K, 2)
         offset = points - grid
         length = offset.norm(dim=-1)
+        top, left = points.amin((0, 1)).clamp(max=0).sub(1).tolist()        # of what is shown
+        bottom, right = points.amax((0, 1)).maximum(torch.tensor(image.shape[1:])).tolist()
         for axis, text in zip(axes, (
-                f"deformable block {row + 1}: points move {length.mean():.2f} px, at most "
-                f"{length.max():.2f}", "keys, sized by the attention they receive",
+                f"block {row + 1}: points moved by {length.mean():.2f} px, at most "
+                f"{length.max():.2f}",
+                "keys, sized by the attention they receive",
                 "queries (stars) and the keys they attend to most")):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", alpha=0.75)
             axis.set_title(text, fontsize=10)
+            axis.set(xlim=(left, right), ylim=(bottom, top))
             axis.set_axis_off()
         scatter(axes[0], grid, 9, color="white", edgecolors="black", linewidths=0.6)
         for g in range(len(points)):
@@ -1159,8 +1161,8 @@ def draw(image: Tensor, views: list[SimpleNamespace], out: Path, *, title: str =
         for star, colour in zip(stars, ("red", "cyan", "yellow", "lime", "magenta") * len(stars)):
             query = (view.queries - star).norm(dim=-1).argmin()
             weights = view.weights[0, :, query].unflatten(0, (len(points), -1)).mean(dim=1)
-            top = weights.flatten().topk(min(8, weights.numel()))
-            scatter(axes[2], points.flatten(0, 1)[top.indices], 300 * top.values / top.values[0],
+            best = weights.flatten().topk(min(8, weights.numel()))
+            scatter(axes[2], points.flatten(0, 1)[best.indices], 300 * best.values / best.values[0],
                     facecolors="none", edgecolors=colour, linewidths=1.6)
             scatter(axes[2], view.queries[query], 220, marker="*", color=colour, edgecolors="black")
     write_atomically(out, lambda path: figure.savefig(path, dpi=80, format="png"))
@@ -1195,6 +1197,7 @@ def multiply_accumulates(config: DATConfig, image_size: int | tuple[int, int] | 
             if letter == "D":
                 keys = cells(H, stage.stride) * cells(W, stage.stride)
                 total += deformable_attention_macs(H=H, W=W, keys=keys, dim=C, kernel=stage.kernel)
+                total -= 0 if config.offsets else (stage.kernel ** 2 + 2) * keys * C
             else:
                 total += 4 * N * C ** 2 + 2 * N * stage.window ** 2 * C
     return total

@@ -568,7 +568,8 @@ def test_equation_10_and_the_slip_in_its_example():
 
 @pytest.mark.parametrize("changes, size", [
     ({}, (12, 12)), ({"stem": "conv"}, (12, 24)), ({"stem": "conv", "patch": 1}, (24, 12)),
-    ({"stem": "conv", "patch": 4}, (24, 24)), ({"patch": 3, "mlp_ratio": 2}, (36, 18))])
+    ({"stem": "conv", "patch": 4}, (24, 24)), ({"patch": 3, "mlp_ratio": 2}, (36, 18)),
+    ({"offsets": False}, (12, 12))])
 def test_counted_cost_is_what_pytorch_counts(changes, size):
     """Red if the analytic count forgets a layer (windows here fit, so that nothing is padded)."""
     stages = (StageConfig(dim=8, heads=2, blocks="LD", window=3, groups=1, stride=2, kernel=3),
@@ -1183,7 +1184,8 @@ def test_only_matrices_decay():
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A tiny CIFAR-10 and a tiny model under the name of the CPU's default."""
+    """A tiny CIFAR-10 and a tiny model under the name of the CPU's default; no GPU is used."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     write_cifar(tmp_path / "data", train=30, test=64)
     monkeypatch.setitem(dat.VARIANTS, "cifar-nano", small_config(patch=4, drop_path=0.1))
@@ -1240,7 +1242,7 @@ def test_a_signal_leaves_a_usable_checkpoint(tiny, number):
     """Red if Ctrl-C loses the run, leaves a half-written file, or exits as if all were well."""
     code = ("import dat, test_dat; dat.VARIANTS['cifar-nano'] = test_dat.small_config(patch=4); "
             "raise SystemExit(dat.main(['--train', 'cifar10', '--epochs', '100000', "
-            "'--batch-size', '50', '--out', 'o']))")
+            "'--batch-size', '50', '--out', 'o', '--device', 'cpu']))")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(HERE)})
     for line in process.stdout:
