@@ -10,7 +10,7 @@
 
 Paper: https://arxiv.org/abs/2201.00520. Map from its equations to the names here:
 
-    (1)-(3)  multi-head attention          attend
+    (1)-(3)  multi-head attention          attend; projections and heads: the modules that call it
     (4)-(5)  pre-norm transformer block    Block.forward
     (6)      q, k~, v~                     DeformableAttention.project
     (7)      offsets, s tanh, points       OffsetNetwork, DeformableAttention.points
@@ -24,8 +24,9 @@ Symbols, in code and shape comments (features are channels-last everywhere):
 
     B batch   H W map height, width   C channels   M heads   G offset groups   d = C / M
     N = H W queries   Hk Wk grid of sampling points, r = H / Hk   K = Hk Wk keys   w window side
-    s offset range   Coordinates are (y, x) in pixels of the map: 0 is the centre of the first
-    pixel, H - 1 that of the last.
+    s offset range   k kernel of the offset network
+    Coordinates are (y, x) in pixels of the map: 0 is the centre of the first pixel, H - 1 that of
+    the last.
 
 Departures from the paper [P] and from the authors' release at 566a593 [R]:
 
@@ -42,7 +43,7 @@ Departures from the paper [P] and from the authors' release at 566a593 [R]:
     [D6] stem="conv": overlapping 3x3 convolutions for small images, a switch the release's
          ImageNet models leave off. [P]
     [D7] Weights start from PyTorch's defaults and position tables from a normal distribution of
-         deviation 0.01, cut at two deviations: what the published models did start from. [P]
+         deviation 0.01: what the release's code amounts to; the paper does not say. [P]
 """
 from __future__ import annotations
 
@@ -51,8 +52,11 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import io
+import itertools
 import math
 import os
+import pickle
 import signal
 import sys
 import tarfile
@@ -171,6 +175,9 @@ class DATConfig:
         _check(isinstance(self.stages, (tuple, list)) and self.stages
                and all(isinstance(s, (StageConfig, dict)) for s in self.stages),
                f"stages={self.stages!r} is not a non-empty tuple of StageConfig")
+        for plain in (s for s in self.stages if isinstance(s, dict)):
+            wrong = plain.keys() ^ StageConfig.__dataclass_fields__.keys()
+            _check(not wrong, f"stages={plain!r}: missing or unknown are {sorted(wrong, key=str)}")
         stages = tuple(StageConfig(**s) if isinstance(s, dict) else s for s in self.stages)
         object.__setattr__(self, "stages", stages)
         pair = _pair("image_size", self.image_size)
@@ -240,9 +247,10 @@ def cell_centres(count: int, length: int, *, geometry: str, like: Tensor) -> Ten
 
 
 def largest_offset(count: int, length: int, *, offset_range: float, geometry: str) -> float:
-    """How far (px) a point may move along an axis: s / 2 cells. Paper: Sec. 3.2, dp <- s tanh(dp).
+    """How far (px) a point may move along an axis. Paper: Sec. 3.2, dp <- s tanh(dp).
 
-    With s = 2 that is one cell: H / Hk px in "paper" geometry, (H - 1) / Hk px in "release".
+    s / 2 cells, a cell being the axis divided by its points: H / Hk px in "paper" geometry,
+    (H - 1) / Hk px in "release". (The paper leaves the unit of s open; this is the release's.)
     """
     return offset_range / 2 * (length if geometry == "paper" else length - 1) / count
 
@@ -287,8 +295,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def position_table(*shape: int) -> nn.Parameter:
-    """Learned biases, from a normal distribution of deviation 0.01 cut at two deviations [D7]."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.01, a=-0.02, b=0.02))
+    """Learned biases, at first from a normal distribution of deviation 0.01 [D7]."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.01))
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -452,8 +460,9 @@ class DeformableAttention(nn.Module):
     def position_bias(self, points: Tensor, size: tuple[int, int]) -> Tensor | None:
         """phi(B^; R): the table, read at every displacement of a query from a key. Paper: Eq. 9.
 
-        Shape: (B, G, Hk, Wk, 2) -> (B, M, N, K). Table entry (0, 0) stands for the displacement
-        -(H - 1), -(W - 1); the centre, (H - 1, W - 1), for none: 2 H - 1 entries for H rows.
+        Shape: (B, G, Hk, Wk, 2) -> (B, M, N, K), or (1, M, N, K) if position="fixed".
+        Table entry (0, 0) stands for the displacement -(H - 1), -(W - 1); the centre,
+        (H - 1, W - 1), for none: 2 H - 1 entries for H rows.
         """
         (B, G, Hk, Wk, _), (H, W), M = points.shape, size, self.heads
         if self.position == "none":
@@ -473,7 +482,7 @@ class DeformableAttention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k~, v~ and the bias: everything before the softmax. Paper: Eq. 6-9.
 
-        Shape: (B, H, W, C) -> (B, M, N, d), (B, M, K, d) twice, (B, M, N, K) or None.
+        Shape: (B, H, W, C) -> (B, M, N, d), (B, M, K, d) twice, and what position_bias gives.
         """
         _check(x.ndim == 4 and x.shape[3] == self.q.in_features and 0 not in x.shape[1:],
                f"expected (B, H, W, {self.q.in_features}), not {tuple(x.shape)}")
@@ -593,11 +602,11 @@ class DAT(nn.Module):
         return self.head(self.norm(x).mean(dim=(1, 2)))
 
     def deformable_inputs(self, images: Tensor) -> list[tuple]:
-        """For every D block in order: its attention, that one's input (B, H, W, C), first, cell.
+        """For every D block in order: its attention, the input of that, and (first, cell).
 
-        A point at y px of that map is at first + cell y px of the image: a map pixel stands where
-        the convolutions that made it are centred, mid-patch with stem="patch", at the multiples
-        of cell = patch 2^stage with stem="conv".
+        y px of the block's map are first + cell y px of the image: a map pixel stands where the
+        convolutions that made it are centred, mid-patch with stem="patch", on the multiples of
+        cell = patch 2^stage with stem="conv".
         """
         x, found = self.embed(images), []
         for i, stage in enumerate(self.stages):
@@ -737,7 +746,8 @@ class Dataset:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file and renames it to `path`: all of it or what was there."""
+    """Lets `write` fill a temporary file, then renames it: if that fails, the old file stays."""
+    _check(path.name, f"{path} is a folder, expected a file's name")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(part)
@@ -755,13 +765,14 @@ def download(url: str, target: Path, *, size: int, md5: str) -> None:
     """
     def fetch(part: Path) -> None:
         digest, done = hashlib.md5(), 0
-        with urllib.request.urlopen(url, timeout=30) as source, part.open("wb") as file:
+        with (urllib.request.urlopen(url, timeout=30) as source, part.open("wb") as file,
+              contextlib.ExitStack() as at_the_end):
+            at_the_end.callback(print)                          # ends the line of the progress
             while done <= size and (block := source.read(1 << 20)):
                 file.write(block)
                 digest.update(block)
                 done += len(block)
                 print(f"\r{url}: {done / 1e6:.0f} of {size / 1e6:.0f} MB", end="", flush=True)
-        print()
         _check((done, digest.hexdigest()) == (size, md5), f"{url} gave {done:,} bytes of md5 "
                f"{digest.hexdigest()}, expected {size:,} of {md5}: nothing was kept, try again")
 
@@ -783,7 +794,7 @@ def _read_archive(path: Path, archive: SimpleNamespace) -> dict[str, bytes]:
                 if name and member.isfile() and member.size < 1 << 28:
                     found[name] = tar.extractfile(member).read()
             while stream.read(1 << 20):
-                pass                                            # to the end: there is the checksum
+                pass                                            # the checksum is at the end
         md5 = hashlib.md5(path.read_bytes()).hexdigest()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}): remove it and get it again") from None
@@ -799,6 +810,7 @@ def load_cifar(name: str, data: str | None = None) -> Dataset:
     Raises: InputError that says what was tried and which file belongs where.
     """
     archive, root = CIFAR[name], Path("data" if data is None else data)
+    _check(not root.is_file(), f"--data {root} is a file, expected the folder that holds it")
     path = root / archive.file
     for folder in (root / archive.folder, root):
         if (folder / archive.splits[1][0]).is_file():
@@ -969,17 +981,40 @@ def load_checkpoint(path: str) -> tuple[DAT, dict]:
         model = DAT(DATConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except Exception as error:                                  # a stranger's file can raise any
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged, or holds more than tensors and plain values"
+        elif isinstance(error, (KeyError, TypeError)):
+            reason = f"it lacks {error} (weights of the authors: load_official)"
         raise InputError(f"{path} is no checkpoint of this program: {reason}") from None
     return model, checkpoint
 
 
+def make_folder(out: str | None, default: str) -> Path:
+    """`out`, new or empty; without it the first of default, default-2, .. that is not there yet."""
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        _check(not any(Path(out).iterdir()), f"--out {out} is not empty: choose another folder")
+        return Path(out)
+    for number in itertools.count(1):
+        folder = Path(default if number == 1 else f"{default}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are put on the list yielded, for the loop to end at a step's end."""
+    """Signals are put on the list yielded, for the loop to end with its step; a second one acts."""
     caught = []
-    before = {number: signal.signal(number, lambda number, _: caught.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number: int, _: object) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
     finally:
@@ -994,13 +1029,9 @@ def train(args: argparse.Namespace) -> int:
     model_name, epochs, batch_size, peak = (
         flag or default
         for flag, default in zip((args.model, args.epochs, args.batch_size, args.lr), recipe))
-    names = (f"runs/{args.train}-{model_name}{suffix}"
-             for suffix in ("", *(f"-{i}" for i in range(2, 10_000))))
-    out = Path(args.out or next(name for name in names if not Path(name).exists()))
-    _check(not (out / "last.pt").exists(), f"{out}/last.pt exists: choose another --out")
     data = load_dataset(args.train, args.data).to(device)
     images, labels = data.train
-    per_epoch = len(images) // batch_size                       # the rest waits for another epoch
+    per_epoch = len(images) // batch_size                       # a last, smaller batch is left out
     _check(per_epoch, f"--batch-size {batch_size} is more than the {len(images)} images there are")
     steps = epochs * per_epoch
     torch.manual_seed(args.seed)
@@ -1008,27 +1039,30 @@ def train(args: argparse.Namespace) -> int:
     size = sum(parameter.numel() for parameter in model.parameters())
     run = torch.compile(model, fullgraph=True) if args.compile else model
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=peak, fused=True)
+    out = make_folder(args.out, f"runs/{args.train}-{model_name}")
     print(f"{args.train}: {len(images):,} images to train on, {len(data.test[0]):,} to test on, "
           f"{len(data.classes)} classes\n{model_name}: {size:,} parameters, "
           f"{multiply_accumulates(model.config) / 1e6:.0f}M multiply-accumulates\n"
           f"{epochs} epochs of {per_epoch} steps, batch {batch_size}, lr {peak:g}, on {device}, "
           f"into {out}/  (flags: --model --epochs --batch-size --lr --device --out)")
-    out.mkdir(parents=True, exist_ok=True)
     step, history, start = 0, [], time.monotonic()
     shown = start
 
     def save() -> None:
-        """Writes last.pt and metrics.csv; (seed, step) is the generators' whole state."""
-        state = {"config": asdict(model.config), "model": model.state_dict(), "step": step,
+        """Writes last.pt and metrics.csv; seed and step are the generators' whole state."""
+        state, file = {"config": asdict(model.config), "model": model.state_dict(), "step": step,
                  "optimizer": optimizer.state_dict(), "seed": args.seed, "history": history,
-                 "dataset": args.train, "classes": data.classes,
-                 "mean": data.mean.cpu(), "std": data.std.cpu()}
-        write_atomically(out / "last.pt", lambda path: torch.save(state, path))
+                 "dataset": args.train, "classes": data.classes, "epochs": epochs,
+                 "batch_size": batch_size, "lr": peak,
+                 "mean": data.mean.cpu(), "std": data.std.cpu()}, io.BytesIO()
+        torch.save(state, file)                                 # to disk only as a whole
+        write_atomically(out / "last.pt", lambda path: path.write_bytes(file.getbuffer()))
         rows = [("epoch", "step", "loss", "test_accuracy", "seconds"), *history]
         text = "".join(",".join(map(str, row)) + "\n" for row in rows)
         write_atomically(out / "metrics.csv", lambda path: path.write_text(text))
 
-    with catch_signals() as caught:
+    with catch_signals() as caught, contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(lambda: step % per_epoch and save())    # also when an error ends it
         while step < steps and not caught:
             epoch, position = divmod(step, per_epoch)
             torch.manual_seed(args.seed * 1_000_003 + step)     # all draws of a step follow from it
@@ -1047,21 +1081,21 @@ def train(args: argparse.Namespace) -> int:
             optimizer.step()
             step, losses = step + 1, losses + loss.detach()
 
-            now, last = time.monotonic(), step % per_epoch == 0
-            if last or now - shown > 10:
+            now, epoch_ends = time.monotonic(), step % per_epoch == 0
+            if epoch_ends or now - shown > 10:
                 shown, speed = now, step / (now - start)
                 accuracy = (logits.argmax(dim=1) == labels[batch]).float().mean().item()
                 print(f"epoch {epoch + 1}/{epochs}  step {step}/{steps}  loss {loss.item():.3f}  "
                       f"batch accuracy {accuracy:.1%}  {speed * batch_size:,.0f} images/s  "
                       f"{(steps - step) / speed:.0f} s left", flush=True)
-            if last:
+            if epoch_ends:
                 accuracy = evaluate(model, data)                # not compiled, as --eval does it
-                history.append((epoch + 1, step, float(losses) / per_epoch, accuracy, now - start))
+                history.append((epoch + 1, step, float(losses) / per_epoch, accuracy,
+                                time.monotonic() - start))
                 print(f"epoch {epoch + 1}/{epochs}  test accuracy {accuracy:.2%}", flush=True)
                 save()
-        if caught:
-            save()
-            print(f"signal {caught[0]}: stopped after step {step}, saved in {out}/last.pt")
+    if caught:
+        print(f"signal {caught[0]}: stopped after step {step}, saved in {out}/last.pt")
     return 128 + caught[0] if caught else 0
 
 
@@ -1101,13 +1135,14 @@ def read_image(source: str, config: DATConfig, data: str | None = None) -> Tenso
     name, _, index = source.partition(":")
     if name in DATASETS:
         images = load_dataset(name, data).test[0]
-        _check(index.isdecimal() and int(index) < len(images),
+        _check(index.isdecimal() and len(index) < 10 and int(index) < len(images),
                f"{source}: expected {name}: and an index from 0 to {len(images) - 1}")
         return images[int(index)][None]
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
     height, width = _pair("image_size", config.image_size)
     try:
-        image = Image.open(source).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        image = ImageOps.exif_transpose(Image.open(source)).convert("RGB")
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InputError(f"{source} cannot be read as an image: {error}") from None
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
@@ -1139,8 +1174,8 @@ def draw(image: Tensor, views: list[SimpleNamespace], out: Path, *, title: str =
         top, left = points.amin((0, 1)).clamp(max=0).sub(1).tolist()        # of what is shown
         bottom, right = points.amax((0, 1)).maximum(torch.tensor(image.shape[1:])).tolist()
         for axis, text in zip(axes, (
-                f"block {row + 1}: points moved by {length.mean():.2f} px, at most "
-                f"{length.max():.2f}",
+                f"block {row + 1}: points moved by {length.mean():.2f}, at most "
+                f"{length.max():.2f} px of the image",
                 "keys, sized by the attention they receive",
                 "queries (stars) and the keys they attend to most")):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", alpha=0.75)
@@ -1158,7 +1193,7 @@ def draw(image: Tensor, views: list[SimpleNamespace], out: Path, *, title: str =
         axes[0].legend(fontsize=7, loc="lower right")
         ranked = points.flatten(0, 1)[importance.flatten().argsort(descending=True)]
         stars = torch.tensor(queries) if queries else ranked[[0, -1]]
-        for star, colour in zip(stars, ("red", "cyan", "yellow", "lime", "magenta") * len(stars)):
+        for star, colour in zip(stars, itertools.cycle(("red", "cyan", "yellow", "lime"))):
             query = (view.queries - star).norm(dim=-1).argmin()
             weights = view.weights[0, :, query].unflatten(0, (len(points), -1)).mean(dim=1)
             best = weights.flatten().topk(min(8, weights.numel()))
@@ -1168,7 +1203,7 @@ def draw(image: Tensor, views: list[SimpleNamespace], out: Path, *, title: str =
     write_atomically(out, lambda path: figure.savefig(path, dpi=80, format="png"))
 
 
-# ============================================================ 14. summary and benchmark
+# ============================================================ 14. cost
 
 
 def deformable_attention_macs(*, H: int, W: int, keys: int, dim: int, kernel: int) -> int:
@@ -1217,13 +1252,16 @@ def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], i
         if not low <= value < high:
             raise ValueError
         return value
-    parse.__name__ = f"{kind.__name__} from {low:g}"            # argparse puts it into its message
+    parse.__name__ = f"{kind.__name__} (expected {low:g} or more, below {high:g})"  # for argparse
     return parse
 
 
 def _yx(text: str) -> tuple[float, float]:
     y, x = map(float, text.split(","))
     return y, x
+
+
+_yx.__name__ = "pair Y,X"                                       # argparse puts it into its message
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> int:
@@ -1241,7 +1279,9 @@ def draw_checkpoint(args: argparse.Namespace) -> int:
     """--draw: writes the picture of what --checkpoint sees in an image."""
     _check(args.checkpoint, "--draw needs --checkpoint FILE")
     model, checkpoint = load_checkpoint(args.checkpoint)
-    image, out = read_image(args.draw, model.config, args.data), Path(args.out or "points.png")
+    image = read_image(args.draw, model.config, args.data)
+    out = Path("points.png" if args.out is None else args.out)
+    _check(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
     for y, x in args.query or ():
         _check(0 <= y < image.shape[2] and 0 <= x < image.shape[3],
                f"--query {y:g},{x:g} is outside the {image.shape[2]} x {image.shape[3]} image")
@@ -1272,7 +1312,8 @@ def main(arguments: list[str] | None = None) -> int:
     task.add_argument("--draw", metavar="IMAGE", help="where --checkpoint FILE looks in a file, or "
                       "in an image of a test set such as shapes:3; into --out points.png")
     parser.add_argument("--query", type=_yx, action="append", metavar="Y,X",
-                        help="with --draw: show the keys of this pixel; may be repeated")
+                        help="with --draw: show the keys of this pixel of the image as the model "
+                        "gets it; may be repeated")
     parser.add_argument("--checkpoint", metavar="FILE", help="written by --train: OUT/last.pt")
     parser.add_argument("--data", metavar="DIR", help="holds the CIFAR archive or its folder")
     parser.add_argument("--model", choices=VARIANTS)
@@ -1281,18 +1322,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=_number(float, 1e-12), metavar="X", help="peak learning rate")
     parser.add_argument("--seed", type=_number(int, 0, 2 ** 31), default=0, metavar="N")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--out", metavar="DIR", help="default: runs/DATA-MODEL")
+    parser.add_argument("--out", metavar="PATH", help="folder of a run (default: "
+                        "runs/DATA-MODEL) or picture of --draw (default: points.png)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     try:
         args = parser.parse_args(arguments)
+        _check(args.draw is not None or not args.query, "--query goes with --draw")
         if args.train:
+            _check(not args.checkpoint, "--train starts afresh: --checkpoint is for --eval, --draw")
             return train(args)
         if args.eval:
             return evaluate_checkpoint(args)
-        if args.draw:
+        if args.draw is not None:
             return draw_checkpoint(args)
+        _check(not (sys.argv[1:] if arguments is None else arguments),
+               "nothing to do: give --train, --eval or --draw")
         parser.print_help()
         return 0
+    except BrokenPipeError:                                     # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (InputError, OSError) as error:
         print(f"dat.py: {error}", file=sys.stderr)
         return 2

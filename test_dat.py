@@ -1,7 +1,8 @@
 """Properties of dat.py, and parity with the loops of reference_numpy.py. Run with: pytest
 
 Each test's name is a claim; its docstring says which mistake turns it red. Parity is in float64
-with a tolerance of 1e-9: both sides round differently, at about 1e-13 for values near one.
+with a tolerance of 1e-9: both sides round differently, at about 1e-13 for values near one. All of
+it runs on the CPU, also where there is a GPU.
 """
 import ast
 import contextlib
@@ -11,6 +12,7 @@ import io
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                            # before torch looks for GPUs
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import dat
@@ -35,6 +39,11 @@ settings.load_profile("dat")
 HERE = Path(__file__).parent
 sizes = st.integers(1, 9)
 geometries = st.sampled_from(["paper", "release"])
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
 
 
 # ============================================================ helpers
@@ -609,7 +618,8 @@ def test_every_parameter_gets_a_gradient_and_a_step_lowers_the_loss(name):
 
 @pytest.mark.parametrize("name", [n for n in ABLATIONS if n != "paper"])
 def test_every_switch_changes_the_output(name):
-    """Red if a switch is accepted and ignored. Shared weights are equal, so only it differs."""
+    """Red if a switch is accepted and ignored: weights of the same name and shape are equal.
+    (A stem has weights of its own; there the test is that it is built and used.)"""
     model = randomise(DAT(small_config()))
     other = randomise(DAT(small_config(**ABLATIONS[name])))
     shared = {k: v for k, v in model.state_dict().items()
@@ -656,7 +666,7 @@ def test_variants_take_small_and_odd_images(variant, size):
     assert logits.shape == (2, 7) and logits.isfinite().all()
 
 
-def test_unneeded_padding_of_patches_changes_nothing_else():
+def test_patches_are_filled_with_zeros_at_the_bottom_and_right():
     """[D2] Red if patches are filled at the top or left, or with anything but zeros."""
     model = randomise(DAT(small_config(patch=4)))
     images = random_input(1, 3, 14, 13)
@@ -776,7 +786,7 @@ def test_points_are_bounded_in_float32_though_the_network_is_bfloat16():
 
 @pytest.mark.parametrize("geometry", ["paper", "release"])
 def test_half_precision_samples_where_float32_does(geometry):
-    """Red if map or table are read at coordinates in bfloat16, half a pixel off at 100 px: both
+    """Red if map or table are read at coordinates in bfloat16, up to half a pixel off: both
     equal their float32 readings of the same bfloat16 numbers, rounded once."""
     attention = small_attention(dim=4, heads=1, groups=1, size=(1, 160), geometry=geometry)
     attention.bfloat16()
@@ -830,7 +840,8 @@ def test_compiled_and_exported_models_agree_with_eager():
     exported = torch.export.export(model, (images,), dynamic_shapes=(batch,)).module()
     close(exported(images).detach(), expected, 1e-5)
     close(exported(images[:1].repeat(5, 1, 1, 1)).detach(), expected[:1].repeat(5, 1), 1e-5)
-    compiled = torch.compile(model, fullgraph=True)
+    backend = "inductor" if shutil.which("g++") else "aot_eager"    # inductor compiles C++ here
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     close(compiled(images).detach(), expected, 1e-5)
     points = torch.compile(model.sampling_points, fullgraph=True, backend="eager")(images)
     assert torch.equal(points[0], model.sampling_points(images)[0])
@@ -871,13 +882,12 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 
 
 def test_initial_weights_are_what_the_docstring_says():
-    """[D7] Red if tables start elsewhere than within two deviations of 0.01 around zero."""
+    """[D7] Red if tables start elsewhere than at deviation 0.01 around zero."""
     torch.manual_seed(0)
     model = dat.build("dat-t")
     tables = torch.cat([p.detach().flatten() for n, p in model.named_parameters()
                         if n.endswith("table")])
-    assert tables.abs().max() <= 0.02 and abs(tables.mean()) < 2e-4
-    assert float(tables.std()) == pytest.approx(0.0088, rel=0.02)   # of 0.01, cut at 0.02
+    assert float(tables.std()) == pytest.approx(0.01, rel=0.02) and abs(tables.mean()) < 2e-4
     linear = model.stages[0].blocks[0].mlp.expand
     assert linear.weight.abs().max() <= 1 / math.sqrt(linear.in_features)
 
@@ -891,7 +901,8 @@ BAD_STAGES = [
     {"offset_range": 0}, {"offset_range": -1.0}, {"offset_range": math.nan},
     {"offset_range": math.inf}, {"offset_range": None}, {"offset_range": True}, {"dim": True}]
 BAD_CONFIGS = [
-    {"stages": ()}, {"stages": None}, {"stages": ("LD",)}, {"image_size": 0},
+    {"stages": ()}, {"stages": None}, {"stages": ("LD",)}, {"stages": ({"dim": 8},)},
+    {"image_size": 0},
     {"image_size": (8, 8, 8)}, {"image_size": (8, -1)}, {"image_size": 8.0},
     {"image_size": True}, {"mlp_ratio": True}, {"patch": 0},
     {"stem": "swin"}, {"stem": "conv", "patch": 3}, {"classes": 0}, {"mlp_ratio": 0},
@@ -913,7 +924,7 @@ def test_a_wrong_stage_field_is_named(change):
 def test_a_wrong_network_field_is_named(change):
     """Red if a value that cannot work is accepted, or its error hides which one it was."""
     field, value = list(change.items())[-1]
-    value = value[0] if field == "stages" and value == ("LD",) else value
+    value = value[0] if field == "stages" and value else value
     with pytest.raises(ValueError, match=re.escape(field)) as error:
         small_config(**change)
     assert repr(value) in str(error.value)
@@ -950,13 +961,13 @@ def test_wrong_arguments_of_parts_are_named():
 
 
 def write_cifar(folder, name="cifar10", train=40, test=20, shift=0):
-    """A tiny data set in the official layout: pixel values say which record they belong to."""
+    """A tiny data set in the official layout, random pixels, other ones in every file."""
     archive = dat.CIFAR[name]
     target = folder / archive.folder
     target.mkdir(parents=True)
     for number, split in ((train, archive.splits[0]), (test, archive.splits[1])):
         for file in split:
-            records = np.random.RandomState(number).randint(
+            records = np.random.RandomState(zlib.crc32(file.encode())).randint(
                 0, 256, (number, archive.label_bytes + 3072), dtype=np.uint8)
             records[:, :archive.label_bytes] = (np.arange(number) % archive.classes)[:, None]
             records[:, 0] += shift
@@ -977,27 +988,26 @@ def pack(folder, name="cifar10"):
 def test_archive_and_folder_hold_the_same_data(tmp_path, name, capsys):
     """Red if planes, labels (the fine one of CIFAR-100) or files are read in a wrong order."""
     folder = write_cifar(tmp_path, name, shift=3 if name == "cifar100" else 0)
-    expected = (folder / dat.CIFAR[name].splits[0][0]).read_bytes()
-    offset = dat.CIFAR[name].label_bytes
+    archive = dat.CIFAR[name]
+    expected = [(folder / file).read_bytes() for split in archive.splits for file in split]
     from_folder = dat.load_cifar(name, str(tmp_path))
     from_inside = dat.load_cifar(name, str(folder))
     pack(tmp_path, name)
-    for file in folder.iterdir():
-        file.unlink()
+    shutil.rmtree(folder)
     from_archive = dat.load_cifar(name, str(tmp_path))
     assert "not the official archive" in capsys.readouterr().out
     for data in (from_folder, from_inside, from_archive):
-        images, labels = data.train
-        files = len(dat.CIFAR[name].splits[0])
-        assert images.shape == (40 * files, 3, 32, 32) and images.dtype == torch.uint8
-        assert images[0].numpy().tobytes() == expected[offset:offset + 3072]
-        assert labels[:40].tolist() == [i % data.test[1].max().add(1).item() if name == "cifar10"
-                                        else i for i in range(40)]
-        assert data.test[0].shape == (20, 3, 32, 32) and data.classes[3] == "class3"
-        assert data.mean.shape == (3, 1, 1)
+        images, labels = (torch.cat(pair) for pair in zip(data.train, data.test))
+        assert images.shape == (40 * len(archive.splits[0]) + 20, 3, 32, 32)
+        assert images.dtype == torch.uint8 and len(data.test[0]) == 20
+        size = archive.label_bytes + 3072
+        for i, content in enumerate(expected):                      # 40 records a file
+            assert images[40 * i].numpy().tobytes() == content[archive.label_bytes:size]
+            assert labels[40 * i:40 * i + 20].tolist() == [j % archive.classes for j in range(20)]
+        assert data.classes[3] == "class3" and data.mean.shape == (3, 1, 1)
 
 
-def test_nothing_of_an_archive_is_written_to_disk(tmp_path):
+def test_nothing_of_an_archive_is_written_to_disk(tmp_path, monkeypatch):
     """Red if members are extracted: their paths come from outside."""
     write_cifar(tmp_path)
     path = pack(tmp_path)
@@ -1011,6 +1021,7 @@ def test_nothing_of_an_archive_is_written_to_disk(tmp_path):
     folder = tmp_path / "only"
     folder.mkdir()
     path.rename(folder / path.name)
+    monkeypatch.chdir(folder)
     before = sorted(tmp_path.rglob("*"))
     dat.load_cifar("cifar10", str(folder))
     assert sorted(tmp_path.rglob("*")) == before
@@ -1184,8 +1195,7 @@ def test_only_matrices_decay():
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A tiny CIFAR-10 and a tiny model under the name of the CPU's default; no GPU is used."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    """A tiny CIFAR-10 and a tiny model under the name of the CPU's default."""
     monkeypatch.chdir(tmp_path)
     write_cifar(tmp_path / "data", train=30, test=64)
     monkeypatch.setitem(dat.VARIANTS, "cifar-nano", small_config(patch=4, drop_path=0.1))
@@ -1245,15 +1255,39 @@ def test_a_signal_leaves_a_usable_checkpoint(tiny, number):
             "'--batch-size', '50', '--out', 'o', '--device', 'cpu']))")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(HERE)})
-    for line in process.stdout:
-        if "test accuracy" in line:
-            break
-    process.send_signal(number)
-    rest = process.stdout.read()
-    assert process.wait(60) == 128 + number and f"signal {int(number)}" in rest
+    try:
+        line = "started"
+        while line and "test accuracy" not in line:
+            line = process.stdout.readline()
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number and f"signal {int(number)}" in rest
     assert sorted(p.name for p in Path("o").iterdir()) == ["last.pt", "metrics.csv"]
     code, out, _ = run_cli("--eval", "cifar10", "--checkpoint", "o/last.pt")
     assert code == 0 and "test accuracy" in out
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError("No space left on device")])
+def test_an_error_between_epochs_leaves_a_checkpoint_of_its_step(tiny, monkeypatch, error):
+    """Red if an epoch's work is lost when output or something else fails within it."""
+    schedule = dat.learning_rate
+
+    def failing(step, **kwargs):
+        if step == 5:
+            raise error
+        return schedule(step, **kwargs)
+
+    monkeypatch.setattr(dat, "learning_rate", failing)
+    monkeypatch.setattr(dat.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
+    arguments = ["--train", "cifar10", "--epochs", "2", "--batch-size", "50", "--out", "o"]
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = dat.main(arguments)
+    assert code == (141 if isinstance(error, BrokenPipeError) else 2)
+    assert err.getvalue() == ("" if code == 141 else "dat.py: No space left on device\n")
+    assert torch.load("o/last.pt", weights_only=True)["step"] == 5
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
@@ -1283,9 +1317,10 @@ def test_checkpoints_of_strangers_run_nothing_and_end_in_one_line(tiny):
     Path("noise.pt").write_bytes(os.urandom(500))
     model = DAT(small_config())
     torch.save({"config": asdict(model.config), "model": model.state_dict()}, "classes.pt")
-    for file in ("pickle.pt", "other.pt", "empty.pt", "config.pt", "noise.pt", "absent.pt",
-                 "classes.pt"):
-        assert_input_error(run_cli("--eval", "cifar10", "--checkpoint", file), file)
+    for file, word in (("pickle.pt", "plain values"), ("other.pt", "config"), ("noise.pt", ""),
+                       ("empty.pt", "head.weight"), ("config.pt", "stages"),
+                       ("absent.pt", "No such file"), ("classes.pt", "5 classes")):
+        assert_input_error(run_cli("--eval", "cifar10", "--checkpoint", file), file, word)
     assert not Path("pwned").exists()
 
 
@@ -1345,7 +1380,8 @@ def test_draw_makes_one_picture_of_files_and_test_images(checkpoint):
     (["absent.png"], "absent.png"), (["o/metrics.csv"], "o/metrics.csv"), (["cifar10:64"], "63"),
     (["cifar10:-1"], "cifar10:-1"), (["cifar10:x"], "cifar10:x"), (["shapes:2000"], "1999"),
     (["cifar10:0", "--query", "32,0"], "32,0"), (["cifar10:0", "--query", "3"], "3"),
-    (["cifar10:0", "--query", "nan,1"], "nan")])
+    (["cifar10:0", "--query", "nan,1"], "nan"), (["cifar10:0", "--out", "."], "folder"),
+    (["cifar10:0", "--out", "absent/p.png"], "absent"), (["cifar10:" + "9" * 5000], "63")])
 def test_draw_rejects_what_it_cannot_show(checkpoint, arguments, word):
     """Red if bad input gives a traceback or leaves a picture."""
     assert_input_error(run_cli("--draw", *arguments, "--checkpoint", checkpoint), word)
@@ -1401,7 +1437,9 @@ def test_the_tutorial_quotes_the_code_as_it_is():
 
 @pytest.mark.parametrize("arguments, word", [
     (["--train", "mnist"], "mnist"), (["--eval", "cifar10"], "--checkpoint"),
-    (["--fast"], "--fast"),
+    (["--fast"], "--fast"), (["--epochs", "3"], "--train"), (["--query", "1,2"], "--draw"),
+    (["--train", "shapes", "--checkpoint", "x.pt"], "--checkpoint"),
+    (["--draw", ""], "--checkpoint"), (["--draw", "a", "--query", "3"], "pair Y,X"),
     (["--train", "shapes", "--epochs", "0"], "--epochs"),
     (["--train", "shapes", "--epochs", "many"], "many"),
     (["--train", "shapes", "--lr", "nan"], "--lr"), (["--train", "shapes", "--lr", "-1"], "--lr"),
@@ -1450,7 +1488,7 @@ def test_an_existing_run_is_not_overwritten(tiny):
     """Red if a second run into the same folder destroys the first one's checkpoint."""
     Path("o").mkdir()
     Path("o/last.pt").write_text("precious")
-    assert_input_error(run_cli("--train", "cifar10", "--out", "o"), "o/last.pt", "--out")
+    assert_input_error(run_cli("--train", "cifar10", "--out", "o"), "--out o", "not empty")
     assert Path("o/last.pt").read_text() == "precious"
 
 
@@ -1476,6 +1514,15 @@ def test_the_loops_share_no_code_with_the_model():
                 for alias in node.names}
     assert imported == {"numpy", "math"}
     assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
+
+
+def test_the_pages_hold_no_placeholder_and_link_to_what_exists():
+    """Red if README or tutorial lack a result or a picture."""
+    for name in ("README.md", "tutorial.md"):
+        text = (HERE / name).read_text()
+        assert not re.search(r"^[A-Z]{4,}$", text, re.MULTILINE), name
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (HERE / target).exists(), target
 
 
 def test_requirements_are_the_same_everywhere():
