@@ -924,9 +924,9 @@ def crop_and_flip(images: Tensor, *, margin: int = 4,
 # ============================================================ 12. training
 
 # (data, on CUDA) -> what a run is unless flags say otherwise: model, epochs, batch size, peak lr
-RECIPES = {("cifar", False): ("cifar-nano", 6, 128, 2e-3),
+RECIPES = {("cifar", False): ("cifar-nano", 5, 128, 2e-3),
            ("cifar", True): ("cifar", 300, 256, 1e-3),
-           ("shapes", False): ("cifar-nano", 5, 64, 2e-3),
+           ("shapes", False): ("cifar-nano", 4, 64, 2e-3),
            ("shapes", True): ("cifar", 20, 256, 1e-3)}
 
 
@@ -1045,24 +1045,26 @@ def train(args: argparse.Namespace) -> int:
           f"{multiply_accumulates(model.config) / 1e6:.0f}M multiply-accumulates\n"
           f"{epochs} epochs of {per_epoch} steps, batch {batch_size}, lr {peak:g}, on {device}, "
           f"into {out}/  (flags: --model --epochs --batch-size --lr --device --out)")
-    step, history, start = 0, [], time.monotonic()
+    step, saved, history, start = 0, 0, [], time.monotonic()
     shown = start
 
     def save() -> None:
         """Writes last.pt and metrics.csv; seed and step are the generators' whole state."""
-        state, file = {"config": asdict(model.config), "model": model.state_dict(), "step": step,
-                 "optimizer": optimizer.state_dict(), "seed": args.seed, "history": history,
-                 "dataset": args.train, "classes": data.classes, "epochs": epochs,
-                 "batch_size": batch_size, "lr": peak,
-                 "mean": data.mean.cpu(), "std": data.std.cpu()}, io.BytesIO()
-        torch.save(state, file)                                 # to disk only as a whole
-        write_atomically(out / "last.pt", lambda path: path.write_bytes(file.getbuffer()))
+        nonlocal saved
+        file = io.BytesIO()
+        torch.save({
+            "config": asdict(model.config), "model": model.state_dict(), "step": step,
+            "optimizer": optimizer.state_dict(), "seed": args.seed, "epochs": epochs,
+            "batch_size": batch_size, "lr": peak, "history": history, "dataset": args.train,
+            "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu()}, file)
         rows = [("epoch", "step", "loss", "test_accuracy", "seconds"), *history]
         text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+        write_atomically(out / "last.pt", lambda path: path.write_bytes(file.getbuffer()))
         write_atomically(out / "metrics.csv", lambda path: path.write_text(text))
+        saved = step
 
     with catch_signals() as caught, contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(lambda: step % per_epoch and save())    # also when an error ends it
+        at_the_end.callback(lambda: step == saved or save())    # also when an error ends the loop
         while step < steps and not caught:
             epoch, position = divmod(step, per_epoch)
             torch.manual_seed(args.seed * 1_000_003 + step)     # all draws of a step follow from it
@@ -1172,14 +1174,14 @@ def draw(image: Tensor, views: list[SimpleNamespace], out: Path, *, title: str =
         offset = points - grid
         length = offset.norm(dim=-1)
         top, left = points.amin((0, 1)).clamp(max=0).sub(1).tolist()        # of what is shown
-        bottom, right = points.amax((0, 1)).maximum(torch.tensor(image.shape[1:])).tolist()
+        bottom, right = points.amax((0, 1)).maximum(torch.tensor(image.shape[1:])).add(1).tolist()
         for axis, text in zip(axes, (
-                f"block {row + 1}: points moved by {length.mean():.2f}, at most "
-                f"{length.max():.2f} px of the image",
+                f"block {row + 1}: points move {length.mean():.2f} px of the image, at most "
+                f"{length.max():.2f}",
                 "keys, sized by the attention they receive",
                 "queries (stars) and the keys they attend to most")):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", alpha=0.75)
-            axis.set_title(text, fontsize=10)
+            axis.set_title(text, fontsize=9)
             axis.set(xlim=(left, right), ylim=(bottom, top))
             axis.set_axis_off()
         scatter(axes[0], grid, 9, color="white", edgecolors="black", linewidths=0.6)

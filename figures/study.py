@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dat
 
+
 def model(dims, blocks, *, offsets=True, position="relative", **changes):
     """A small DAT for 32-pixel images; `changes` apply to the stages with deformable blocks."""
     return dat.DATConfig(
@@ -30,14 +32,12 @@ def model(dims, blocks, *, offsets=True, position="relative", **changes):
         image_size=32, patch=4, stem="conv", classes=8, offsets=offsets, position=position)
 
 
-ROWS = Path("runs/study/rows.jsonl")
-
-
-# Two stages of 8 x 8 and 4 x 4 points, 4 and 8 image pixels apart; the window study has a third.
 def two(**changes):
+    """Two stages of 8 x 8 and 4 x 4 points, 4 and 8 pixels of the image apart."""
     return model((48, 96), ("LD", "LD"), **changes)
 
 
+ROWS = Path("runs/study/rows.jsonl")            # key: configuration, seed, epochs
 STUDIES = {
     "offsets": {"learned": two(), "offsets=False": two(offsets=False)},
     "range": {f"s={s:g}": two(offset_range=float(s)) for s in (0.5, 1, 2, 4, 8, 100)},
@@ -75,10 +75,11 @@ def run(config, seed, epochs):
     key = hashlib.sha256(f"{config} {seed} {epochs}".encode()).hexdigest()[:16]
     dat.VARIANTS["study"] = config
     out, start = ROWS.parent / key, time.monotonic()
-    if not (out / "last.pt").exists():
-        code = dat.main(["--train", "shapes", "--model", "study", "--device", "cpu", "--seed",
-                         str(seed), "--epochs", str(epochs), "--out", str(out)])
-        assert code == 0, f"exit code {code}"
+    shutil.rmtree(out, ignore_errors=True)                          # an interrupted run's
+    code = dat.main(["--train", "shapes", "--model", "study", "--device", "cpu", "--seed",
+                     str(seed), "--epochs", str(epochs), "--out", str(out)])
+    if code:
+        sys.exit(code)
     row = {"key": key, "seconds": time.monotonic() - start,
            "mmac": dat.multiply_accumulates(config) / 1e6}
     model, _ = dat.load_checkpoint(str(out / "last.pt"))
