@@ -1034,6 +1034,7 @@ def train(args: argparse.Namespace) -> int:
     per_epoch = len(images) // batch_size                       # a last, smaller batch is left out
     _check(per_epoch, f"--batch-size {batch_size} is more than the {len(images)} images there are")
     steps = epochs * per_epoch
+    warmup = max(steps // 20, min(50, steps // 4))              # less leaves short runs at chance
     torch.manual_seed(args.seed)
     model = build(model_name, classes=len(data.classes), image_size=images.shape[-1]).to(device)
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -1072,7 +1073,7 @@ def train(args: argparse.Namespace) -> int:
                 order, losses = torch.randperm(len(images)).to(device), 0.0
                 model.train()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps=steps, warmup=steps // 20, peak=peak)
+                group["lr"] = learning_rate(step, steps=steps, warmup=warmup, peak=peak)
             batch = order[position * batch_size:(position + 1) * batch_size]
             with autocast(device):
                 logits = run(data.normalise(crop_and_flip(images[batch])))
