@@ -314,6 +314,9 @@ def test_gradient_reaches_the_offset_network_both_ways():
     bias.position_bias(bias.points(q), (6, 7)).square().sum().backward()
     assert bias.offset.out.weight.grad.abs().max() > 1e-6
     assert bias.offset.conv.weight.grad.abs().max() > 1e-6
+    model = DAT(small_config())                                     # and to who asks for the points
+    model.sampling_points(torch.randn(1, 3, 16, 16))[1].sum().backward()
+    assert model.stages[1].blocks[1].attention.offset.out.weight.grad.abs().max() > 0
 
 
 def test_offset_network_ends_without_a_bias_after_a_norm():
