@@ -153,7 +153,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DATConfig:
-    """The whole network. Paper: Sec. 3.3; the ablations `offsets` and `position`: Sec. 4.4.
+    """The whole network. Paper: Sec. 3.3; `offsets` and `position` are its ablations.
 
     `image_size` (int or (H, W)) sets the size of the position tables; any input size works.
     `stem`: "patch" (the paper) or "conv" [D6]; `geometry`: "paper" or "release" [D1].
@@ -464,7 +464,7 @@ class DeformableAttention(nn.Module):
         Table entry (0, 0) stands for the displacement -(H - 1), -(W - 1); the centre,
         (H - 1, W - 1), for none: 2 H - 1 entries for H rows.
         """
-        (B, G, Hk, Wk, _), (H, W), M = points.shape, size, self.heads
+        (B, G, Hk, Wk, _), (H, W) = points.shape, size
         if self.position == "none":
             return None
         table = self.table.to(points.dtype)
@@ -1116,7 +1116,7 @@ def inspect(model: DAT, images: Tensor) -> list[SimpleNamespace]:
     """
     views = []
     for attention, x, first, cell in model.deformable_inputs(images):
-        (B, H, W, _), G = x.shape, attention.groups
+        (_, H, W, _), G = x.shape, attention.groups
         q, k, _, bias = attention.project(x)
         scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
         weights = (scores if bias is None else scores + bias).softmax(dim=-1)

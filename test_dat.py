@@ -1305,6 +1305,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(OSError):
         dat.write_atomically(target, fail)
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+    os.link(target, tmp_path / "reader")                            # whoever has the old one open
+    dat.write_atomically(target, lambda path: path.write_text("new"))
+    assert target.read_text() == "new" and (tmp_path / "reader").read_text() == "old"
 
 
 def test_checkpoints_of_strangers_run_nothing_and_end_in_one_line(tiny):
