@@ -35,8 +35,7 @@ Departures from the paper [P] and from the authors' release at 566a593 [R]:
          authors' weights. [R]
     [D2] Any image size: maps are padded at the bottom and right when patches are cut, windows at
          the border hold fewer tokens, position tables are resized bicubically. [P, R]
-    [D3] Shifted windows are cut at ceil(w / 2), like the release (Swin: floor), as windows of a
-         map extended on all sides: no cyclic roll, and what is outside is masked out. [P]
+    [D3] Shifted windows are cut at ceil(w / 2), like the release's (Swin: floor). [P]
     [D4] The offset network has the release's LayerNorm before GELU. [P]
     [D5] offsets=False and position="fixed" work (they crash in the release), without leaving an
          unused parameter behind. [R]
@@ -53,10 +52,12 @@ import gzip
 import hashlib
 import http.client
 import io
+import functools
 import itertools
 import math
 import os
 import pickle
+import platform
 import signal
 import sys
 import tarfile
@@ -89,6 +90,7 @@ def _check(condition: object, message: str) -> None:
 CHOICES = {"stem": ("patch", "conv"), "geometry": ("paper", "release"), "offsets": (True, False),
            "position": ("relative", "fixed", "none")}
 CONV_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}                # patch -> strides of the two 3x3
+SCORES = 2 ** 24            # query-key pairs of an image's heads at a time, so memory stays bounded
 
 
 def _check_fields(config: object, *, integers: str = "", choices: str = "") -> None:
@@ -269,6 +271,31 @@ def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
     return sampled.to(maps.dtype)
 
 
+def sample_pieces(table: Tensor, start: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pieces of a table that begin between its entries: Eq. 8 for a piece as a whole.
+
+    Every entry of a piece lies the same way between entries of the table, so the piece is one mix
+    of the four pieces that begin around `start`, with four weights.
+    Shape: (G, M, Y, X), (B, G, K, 2), size (h, w) -> (B, G, K, M, h, w), M the tables of a group.
+    Units: start (y, x) in entries, from 0 to Y - h, X - w.
+    """
+    (G, M), (h, w) = table.shape[:2], size
+    pieces = table.unfold(2, h, 1).unfold(3, w, 1)              # (G, M, Y - h + 1, X - w + 1, h, w)
+    rows, columns = pieces.shape[2:4]
+    pieces = pieces.movedim(1, 3).reshape(G * rows * columns, M * h * w)
+    last = start.new_tensor([rows - 1, columns - 1])
+    start = start.clamp(min=0).minimum(last)
+    low = start.detach().floor().minimum(last - 1)
+    fy, fx = (start - low).unbind(-1)                           # (B, G, K)
+    weights = torch.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], dim=-1)
+    y, x = low.long().unbind(-1)
+    index = (torch.arange(G, device=y.device)[:, None] * rows + y) * columns + x
+    index = index[..., None] + torch.tensor([0, 1, columns, columns + 1], device=y.device)
+    mixed = F.embedding_bag(index.flatten(0, 2), pieces, mode="sum",
+                            per_sample_weights=weights.flatten(0, 2))
+    return mixed.view(*y.shape, M, h, w)
+
+
 def resize(table: Tensor, size: tuple[int, int]) -> Tensor:
     """The last two axes of a position table at another size, bicubically [D2]; centre on centre.
 
@@ -283,13 +310,18 @@ def resize(table: Tensor, size: tuple[int, int]) -> Tensor:
 # ============================================================ 5. small blocks
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *,
+           fused: bool | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2 and 9.
 
     Shape: (B, M, N, d), (B, M, K, d) twice, bias broadcastable to (B, M, N, K) -> (B, M, N, d).
-    Every kernel but cuDNN's may be chosen: that one has open bugs with additive masks.
+    `fused`: by PyTorch's kernels, as is the default but on a CPU, where the formula is faster.
+    Excepted is cuDNN's kernel, which has open bugs with additive masks.
     """
     bias = None if bias is None else bias.to(q.dtype)
+    if not (q.device.type != "cpu" if fused is None else fused):
+        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
+        return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -307,7 +339,7 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     if not training or rate == 0:
         return x
     kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= rate
-    return x * kept / (1 - rate)
+    return x * (kept / (1 - rate))
 
 
 class Projection(nn.Module):
@@ -338,8 +370,8 @@ class WindowAttention(nn.Module):
     """Attention inside w x w windows with Swin's relative position bias: blocks L and S.
 
     Paper: Sec. 3.3 (after Swin, Liu et al. 2021). Shape: (B, H, W, C) -> the same, any H, W.
-    The windows tile the map from the top left; with `shift` the first cut is after `shift` rows
-    and columns [D3]. Cells of a window that lie outside the map are masked: no token sees them.
+    The windows tile the map from the top left. With `shift`, the map is rolled by so many rows and
+    columns first [D3]; what is outside it [D2], or was rolled next to a stranger, is masked.
     """
 
     def __init__(self, *, dim: int, heads: int, window: int, shift: int = 0):
@@ -349,36 +381,49 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.table = position_table(heads, 2 * window - 1, 2 * window - 1)
 
-    def position_bias(self) -> Tensor:
-        """(M, w w, w w): table[q - k + w - 1] for the cells q, k of a window.
+    def position_bias(self, h: int, w: int) -> Tensor:
+        """(M, h w, h w): table[q - k + window - 1] for the cells q, k of a window of h x w.
 
-        What a query reads is a w x w piece of the table, which starts at q; k runs through it
+        What a query reads is an h x w piece of the table, which starts at q; k runs through it
         backwards.
         """
-        w = self.window
-        pieces = self.table.unfold(1, w, 1).unfold(2, w, 1)     # (M, qy, qx, w, w)
+        side = self.window
+        table = self.table[:, side - h:side + h - 1, side - w:side + w - 1]
+        pieces = table.unfold(1, h, 1).unfold(2, w, 1)          # (M, qy, qx, h, w)
         return pieces.flip(3, 4).flatten(3, 4).flatten(1, 2)
 
+    def window_of(self, length: int, padded: int, roll: int, device: torch.device) -> Tensor:
+        """For the rows (or columns) of the rolled map: the window of the map itself they belong to.
+
+        Shape: (padded,). -1 before the first cut, `length` for rows outside the map.
+        """
+        row = torch.arange(padded, device=device).roll(-roll)
+        window = (row - self.shift).div(self.window, rounding_mode="floor")
+        return window.masked_fill(row >= length, length)
+
     def forward(self, x: Tensor) -> Tensor:
-        (B, H, W, C), M, w = x.shape, self.heads, self.window
-        before = -self.shift % w                                # cells outside, top and left
-        rows, columns = cells(before + H, w), cells(before + W, w)
-        pads = (before, columns * w - W - before, before, rows * w - H - before)
+        (B, H, W, C), M = x.shape, self.heads
+        h, w = min(self.window, H), min(self.window, W)
+        rows, columns = cells(H, h), cells(W, w)
+        outside = (0, columns * w - W, 0, rows * h - H)
+        up, left = (self.shift if self.shift < length else 0 for length in (H, W))
+        bias = self.position_bias(h, w)[None]                   # the same for all windows..
+        if up or left or any(outside):                          # ..but for masks
+            place = (self.window_of(H, rows * h, up, x.device)[:, None] * (W + 2)
+                     + self.window_of(W, columns * w, left, x.device))
+            place = place.view(rows, h, columns, w).transpose(1, 2).reshape(-1, h * w, 1)
+            bias = bias.masked_fill((place != place.transpose(1, 2))[:, None], -math.inf)
+        n = len(bias)                                           # 1 or the number of windows
+        x = F.pad(x, (0, 0, *outside)) if any(outside) else x
+        x = x.roll((-up, -left), (1, 2)) if up or left else x
 
-        qkv = self.qkv(x)
-        if any(pads):
-            qkv = F.pad(qkv, (0, 0, *pads))                     # (B, rows w, columns w, 3 C)
-        qkv = qkv.view(B, rows, w, columns, w, 3, M, C // M).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.reshape(3, B, rows * columns * M, w * w, C // M)
-
-        inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=x.device), pads)
-        inside = inside.view(rows, w, columns, w).transpose(1, 2).reshape(rows * columns, 1, 1, -1)
-        bias = self.position_bias().masked_fill(~inside, -math.inf)         # (windows, M, w w, w w)
-        z = attend(q, k, v, bias.flatten(0, 1)[None])           # (B, windows M, w w, d)
-
-        z = z.view(B, rows, columns, M, w, w, C // M).permute(0, 1, 4, 2, 5, 3, 6)
-        z = z.reshape(B, rows * w, columns * w, C)[:, before:before + H, before:before + W]
-        return self.out(z)
+        qkv = self.qkv(x).view(B, rows, h, columns, w, 3, M, C // M).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = qkv.reshape(3, B * rows * columns // n, n * M, h * w, C // M)
+        z = attend(q, k, v, bias.flatten(0, 1)[None])
+        z = z.reshape(B, rows, columns, M, h, w, C // M).permute(0, 1, 4, 2, 5, 3, 6)
+        z = z.reshape(B, rows * h, columns * w, C)
+        z = z.roll((up, left), (1, 2)) if up or left else z
+        return self.out(z[:, :H, :W])
 
 
 # ============================================================ 7. deformable attention
@@ -438,6 +483,11 @@ class DeformableAttention(nn.Module):
             cell_centres(count, length, geometry=self.geometry, like=like)
             for count, length in ((Hk, H), (Wk, W)))).view(Hk, Wk, 2)
 
+    def reach(self, H: int, W: int) -> list[float]:
+        """The largest offset along each axis of the map, in px."""
+        return [largest_offset(cells(length, self.stride), length, geometry=self.geometry,
+                               offset_range=self.offset_range) for length in (H, W)]
+
     def points(self, q: Tensor) -> Tensor:
         """p + dp, where a group's keys are sampled. Paper: Eq. 7 and dp <- s tanh(dp).
 
@@ -452,37 +502,45 @@ class DeformableAttention(nn.Module):
             return reference.expand(B, G, Hk, Wk, 2)
         grouped = q.unflatten(3, (G, -1)).movedim(3, 1)         # (B, G, H, W, C / G)
         raw = self.offset(grouped.flatten(0, 1)).to(like.dtype).view(B, G, Hk, Wk, 2)
-        bound = [largest_offset(n, length, offset_range=self.offset_range, geometry=self.geometry)
-                 for n, length in ((Hk, H), (Wk, W))]
-        offset = torch.stack([b * raw[..., i].tanh() for i, b in enumerate(bound)], dim=-1)
-        return reference + offset
+        return reference + raw.tanh() * like.new_tensor(self.reach(H, W))
 
-    def position_bias(self, points: Tensor, size: tuple[int, int]) -> Tensor | None:
+    def position_bias(self, points: Tensor, size: tuple[int, int],
+                      rows: tuple[int, int] | None = None) -> Tensor | None:
         """phi(B^; R): the table, read at every displacement of a query from a key. Paper: Eq. 9.
 
-        Shape: (B, G, Hk, Wk, 2) -> (B, M, N, K), or (1, M, N, K) if position="fixed".
+        Shape: (B, G, Hk, Wk, 2) -> (B, M, N, K), or (1, M, N, K) if position="fixed"; with `rows`
+        (first, end) the N are the queries of these rows of the map alone.
         Table entry (0, 0) stands for the displacement -(H - 1), -(W - 1); the centre,
         (H - 1, W - 1), for none: 2 H - 1 entries for H rows.
         """
-        (B, G, Hk, Wk, _), (H, W) = points.shape, size
+        (B, G, Hk, Wk, _), (H, W), (first, end) = points.shape, size, rows or (0, size[0])
         if self.position == "none":
             return None
         table = self.table.to(points.dtype)
         if self.position == "fixed":                            # one number per query and key cell
             table = resize(table, (Hk, Wk)).permute(0, 3, 4, 1, 2)          # (M, Hk, Wk, H0, W0)
-            return resize(table, (H, W)).flatten(3).flatten(1, 2).transpose(1, 2)[None]
+            table = resize(table, (H, W))[..., first:end, :]
+            return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]
         table = resize(table, (2 * H - 1, 2 * W - 1)).unflatten(0, (G, -1))
-        queries = torch.cartesian_prod(*(                       # (N, 2), shifted by the centre
-            cell_centres(n, n, geometry=self.geometry, like=points) + (n - 1) for n in (H, W)))
+        centre = points.new_tensor([H - 1, W - 1])
+        if self.geometry == "paper":                            # queries stand on whole pixels:
+            y, x = (min(int(reach) + 1, n) for reach, n in zip(self.reach(H, W), (H, W)))
+            table = F.pad(table, (x, x, y, y))                  # .. what they read of it is a piece
+            table = table[:, :, first:table.shape[2] - (H - end)]
+            start = centre + centre.new_tensor([y, x]) - points.flatten(2, 3)
+            bias = sample_pieces(table, start, (end - first, W))            # (B, G, K, M / G, h, W)
+            return bias.flatten(4).permute(0, 1, 3, 4, 2).flatten(1, 2)
+        y, x = (cell_centres(n, n, geometry=self.geometry, like=points) for n in (H, W))
+        queries = torch.cartesian_prod(y[first:end], x) + centre            # (N, 2)
         keys = points.transpose(0, 1).reshape(G, B, 1, Hk * Wk, 2)
         index = queries[:, None] - keys                         # (G, B, N, K, 2)
         bias = bilinear_sample(table, index.flatten(1, 2))      # (G, M / G, B N, K)
-        return bias.flatten(0, 1).unflatten(1, (B, H * W)).transpose(0, 1)
+        return bias.flatten(0, 1).unflatten(1, (B, len(queries))).transpose(0, 1)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k~, v~ and the bias: everything before the softmax. Paper: Eq. 6-9.
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k~, v~ and the points where these were read. Paper: Eq. 6-8.
 
-        Shape: (B, H, W, C) -> (B, M, N, d), (B, M, K, d) twice, and what position_bias gives.
+        Shape: (B, H, W, C) -> (B, M, N, d), (B, M, K, d) twice, (B, G, Hk, Wk, 2).
         """
         _check(x.ndim == 4 and x.shape[3] == self.q.in_features and 0 not in x.shape[1:],
                f"expected (B, H, W, {self.q.in_features}), not {tuple(x.shape)}")
@@ -494,11 +552,15 @@ class DeformableAttention(nn.Module):
         sampled = sampled.flatten(2).unflatten(0, (B, G)).flatten(1, 2).transpose(1, 2)  # (B, K, C)
         q, k, v = (t.unflatten(2, (M, -1)).transpose(1, 2)      # heads before positions
                    for t in (q.flatten(1, 2), self.k(sampled), self.v(sampled)))
-        return q, k, v, self.position_bias(points, (H, W))
+        return q, k, v, points
 
     def forward(self, x: Tensor) -> Tensor:
-        z = attend(*self.project(x))                            # (B, M, N, d)
-        return self.out(z.transpose(1, 2).reshape(x.shape))
+        q, k, v, points = self.project(x)
+        (_, H, W, _), (_, M, K, _) = x.shape, k.shape
+        step = max(1, SCORES // (M * K * W))                    # rows of queries at a time
+        z = torch.cat([attend(q[:, :, top * W:(top + step) * W], k, v, self.position_bias(
+            points, (H, W), (top, min(top + step, H)))) for top in range(0, H, step)], dim=2)
+        return self.out(z.transpose(1, 2).reshape(x.shape))     # (B, M, N, d) -> (B, H, W, C)
 
 
 # ============================================================ 8. block, stage, DAT
@@ -974,18 +1036,23 @@ def evaluate(model: nn.Module, data: Dataset) -> float:
     return int(right) / len(data.test[1])
 
 
-def load_checkpoint(path: str) -> tuple[DAT, dict]:
-    """The model of a checkpoint, and all it holds; nothing in it is run. Raises: InputError."""
+def load_checkpoint(path: str, *keys: str) -> tuple[DAT, dict]:
+    """The model of a checkpoint, and all it holds, `keys` among it; nothing in it is run.
+
+    Raises: InputError.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        _check(isinstance(checkpoint, dict), f"it holds a {type(checkpoint).__name__}")
+        missing = {"config", "model", *keys} - checkpoint.keys()
+        _check(not missing, f"it lacks {', '.join(sorted(missing))} (the authors' weights: "
+               "load_official)")
         model = DAT(DATConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except Exception as error:                                  # a stranger's file can raise any
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):
+        if isinstance(error, (pickle.UnpicklingError, EOFError, IndexError)):
             reason = "it is damaged, or holds more than tensors and plain values"
-        elif isinstance(error, (KeyError, TypeError)):
-            reason = f"it lacks {error} (weights of the authors: load_official)"
         raise InputError(f"{path} is no checkpoint of this program: {reason}") from None
     return model, checkpoint
 
@@ -1111,21 +1178,23 @@ def inspect(model: DAT, images: Tensor) -> list[SimpleNamespace]:
 
     reference (Hk, Wk, 2): the undeformed grid;  points (B, G, Hk, Wk, 2): where keys are read;
     queries (N, 2): where the queries stand;  weights (B, M, N, K): the attention, Eq. 9;
-    importance (B, G, K): the attention a key receives, summed over its group's heads and queries.
+    importance (B, G, K): the attention a key receives, summed over its group's heads and queries;
+    reach (y, x): the largest offset along each axis.
     Units: coordinates are (y, x) in px of the image.
     """
     views = []
     for attention, x, first, cell in model.deformable_inputs(images):
         (_, H, W, _), G = x.shape, attention.groups
-        q, k, _, bias = attention.project(x)
+        q, k, _, points = attention.project(x)
+        bias = attention.position_bias(points, (H, W))
         scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
         weights = (scores if bias is None else scores + bias).softmax(dim=-1)
-        points = attention.points(attention.q(x))
         reference, queries = (attention.reference_points(cells(H, r), cells(W, r), H, W, points)
                               for r in (attention.stride, 1))
         views.append(SimpleNamespace(
             reference=first + cell * reference, points=first + cell * points, weights=weights,
             queries=first + cell * queries.flatten(0, 1),
+            reach=[cell * reach for reach in attention.reach(H, W)],
             importance=weights.unflatten(1, (G, -1)).sum(dim=(2, 3))))
     return views
 
@@ -1144,69 +1213,83 @@ def read_image(source: str, config: DATConfig, data: str | None = None) -> Tenso
     from PIL import Image, ImageOps, UnidentifiedImageError
     height, width = _pair("image_size", config.image_size)
     try:
-        image = ImageOps.exif_transpose(Image.open(source)).convert("RGB")
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = ImageOps.exif_transpose(Image.open(source))
+        _check(image.mode[0] not in "IF", f"{source} has {image.mode} pixels, expected 8 bits")
+        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InputError(f"{source} cannot be read as an image: {error}") from None
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
         1, height, width, 3).permute(0, 3, 1, 2)
 
 
-def draw(image: Tensor, views: list[SimpleNamespace], out: Path, *, title: str = "",
-         queries: list[tuple[float, float]] | None = None) -> None:
-    """One PNG, a row per deformable block: moved points, important keys, keys of some queries.
+def draw(image: Tensor, views: list[SimpleNamespace], *, title: str = "",
+         queries: list[tuple[float, float]] | None = None):
+    """A row per deformable block: moved points, important keys, the keys of some queries.
 
     `image` (3, H, W) uint8 and `views` = inspect(...) of it alone. `queries` (y, x) in px of the
-    image; by default those nearest to the most and to the least important key.
+    image; by default those nearest to the most and to the least important key. Returns a
+    matplotlib figure; shown is the image and half its side around.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    colours = colormaps["tab10"].colors
-    figure = Figure(figsize=(13, 4.4 * len(views)), layout="constrained")
+    colours, sides = colormaps["tab10"].colors, torch.tensor(image.shape[1:])
+    figure = Figure(figsize=(13, 4.4 * len(views) + 0.6), layout="constrained")
     figure.suptitle(title)
 
     def scatter(axis, points: Tensor, size: Tensor | float, **style: object) -> None:
         size = size.numpy() if isinstance(size, Tensor) else size
-        axis.scatter(points[..., 1].numpy(), points[..., 0].numpy(), s=size, **style)
+        axis.scatter(points[..., 1].numpy(), points[..., 0].numpy(), s=size, clip_on=False, **style)
 
     for row, (view, axes) in enumerate(zip(views, figure.subplots(len(views), 3, squeeze=False))):
         grid, points, importance = view.reference.flatten(0, 1), view.points[0], view.importance[0]
-        points = points.flatten(1, 2)                           # (G, K, 2)
-        offset = points - grid
+        Hk, Wk, points = *points.shape[1:3], points.flatten(1, 2)           # (G, K, 2)
+        offset, largest = points - grid, min(400, 16_000 / len(grid))       # a circle's, in pt^2
+        near = ((points > -sides / 2) & (points < 1.5 * sides)).all(dim=2)
         length = offset.norm(dim=-1)
-        top, left = points.amin((0, 1)).clamp(max=0).sub(1).tolist()        # of what is shown
-        bottom, right = points.amax((0, 1)).maximum(torch.tensor(image.shape[1:])).add(1).tolist()
+        top, left = points[near].amin(0).clamp(max=0).sub(1).tolist() if near.any() else (-1, -1)
+        bottom, right = torch.cat([points[near], sides[None]]).amax(0).add(1).tolist()
+        hidden = f" ({(~near).sum()} points are too far off to show)" if not near.all() else ""
         for axis, text in zip(axes, (
-                f"block {row + 1}: points move {length.mean():.2f} px of the image, at most "
-                f"{length.max():.2f}",
-                "keys, sized by the attention they receive",
-                "queries (stars) and the keys they attend to most")):
+                f"block {row + 1}: {Hk} x {Wk} points a group, offsets: mean {length.mean():.2f}, "
+                f"largest {length.max():.2f} px\n(at most {view.reach[0]:g} px along y, "
+                f"{view.reach[1]:g} px along x){hidden}",
+                "keys; area = attention received, summed\nover all queries and the group's heads",
+                "stars: queries; rings: the 8 keys they attend to most\n"
+                "(mean over a group's heads)")):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", alpha=0.75)
             axis.set_title(text, fontsize=9)
             axis.set(xlim=(left, right), ylim=(bottom, top))
             axis.set_axis_off()
-        scatter(axes[0], grid, 9, color="white", edgecolors="black", linewidths=0.6)
-        for g in range(len(points)):
-            colour, move = colours[g % len(colours)], offset[g].numpy()
-            axes[0].quiver(grid[:, 1].numpy(), grid[:, 0].numpy(), move[:, 1], move[:, 0],
+        scatter(axes[0], grid, 9, color="white", edgecolors="black", linewidths=0.6,
+                label="uniform grid")
+        for g, seen in enumerate(near):
+            colour, move, start = colours[g % len(colours)], offset[g][seen].numpy(), grid[seen]
+            axes[0].quiver(start[:, 1].numpy(), start[:, 0].numpy(), move[:, 1], move[:, 0],
                            color=colour, angles="xy", scale_units="xy", scale=1, width=0.005)
-            scatter(axes[0], points[g], 14, color=colour, label=f"group {g + 1}")
-            scatter(axes[1], points[g], 400 * importance[g] / importance.max(), color=colour,
-                    alpha=0.6)
-        axes[0].legend(fontsize=7, loc="lower right")
-        ranked = points.flatten(0, 1)[importance.flatten().argsort(descending=True)]
-        stars = torch.tensor(queries) if queries else ranked[[0, -1]]
-        for star, colour in zip(stars, itertools.cycle(("red", "cyan", "yellow", "lime"))):
-            query = (view.queries - star).norm(dim=-1).argmin()
+            scatter(axes[0], points[g][seen], 14, color=colour, label=f"points of group {g + 1}")
+            scatter(axes[1], points[g][seen], largest * importance[g][seen] / importance.max(),
+                    color=colour, alpha=0.6)
+        if queries:
+            stars = torch.cdist(torch.tensor(queries), view.queries).argmin(dim=1)
+        else:                                                   # most, and least of another query
+            ranked = points.flatten(0, 1)[importance.flatten().argsort(descending=True)]
+            nearest = torch.cdist(ranked, view.queries).argmin(dim=1)
+            stars = [nearest[0], *nearest[nearest != nearest[0]][-1:]]
+        colours_of_queries = itertools.cycle(("red", "cyan", "yellow", "lime", "magenta"))
+        for i, (query, colour) in enumerate(zip(stars, colours_of_queries)):
             weights = view.weights[0, :, query].unflatten(0, (len(points), -1)).mean(dim=1)
-            best = weights.flatten().topk(min(8, weights.numel()))
-            scatter(axes[2], points.flatten(0, 1)[best.indices], 300 * best.values / best.values[0],
-                    facecolors="none", edgecolors=colour, linewidths=1.6)
-            scatter(axes[2], view.queries[query], 220, marker="*", color=colour, edgecolors="black")
-    write_atomically(out, lambda path: figure.savefig(path, dpi=80, format="png"))
+            weights = (weights * near).flatten()                # (G K,)
+            best = weights.topk(min(8, len(weights)))
+            scatter(axes[2], points.flatten(0, 1)[best.indices], (300 - 40 * (i % 4)) * best.values
+                    / best.values[0], facecolors="none", edgecolors=colour, linewidths=1.6)
+            scatter(axes[2], view.queries[query], 240, marker="*", color=colour, edgecolors="black")
+    handles, labels = max((axis.get_legend_handles_labels() for axis in figure.axes),
+                          key=lambda found: len(found[0]))
+    figure.legend(handles, labels, fontsize=8, ncols=7, loc="outside lower center")
+    return figure
 
 
-# ============================================================ 14. cost
+# ============================================================ 14. summary and benchmark
 
 
 def deformable_attention_macs(*, H: int, W: int, keys: int, dim: int, kernel: int) -> int:
@@ -1219,12 +1302,11 @@ def deformable_attention_macs(*, H: int, W: int, keys: int, dim: int, kernel: in
     return 2 * N * Ns * C + 2 * N * C ** 2 + 2 * Ns * C ** 2 + (kernel ** 2 + 2) * Ns * C
 
 
-def multiply_accumulates(config: DATConfig, image_size: int | tuple[int, int] | None = None) -> int:
-    """Those of one image: convolutions, linear layers and attention products."""
-    sizes, dims = config.map_sizes(image_size), [3] + [stage.dim for stage in config.stages]
-    total = dims[-1] * config.classes
+def stage_macs(config: DATConfig, image_size: int | tuple[int, int] | None = None) -> list[int]:
+    """Multiply-accumulates of one image in each stage: convolutions, linear layers, attention."""
+    sizes, dims, found = config.map_sizes(image_size), [3] + [s.dim for s in config.stages], []
     for i, ((H, W), stage) in enumerate(zip(sizes, config.stages)):
-        N, C, previous = H * W, stage.dim, dims[i]
+        N, C, previous, total = H * W, stage.dim, dims[i], 0
         side = (config.patch if i == 0 else 2) if config.stem == "patch" else 3
         if i == 0 and config.stem == "conv":                    # the first 3x3, at its own stride
             total += N * CONV_STRIDES[config.patch][1] ** 2 * 9 * 3 * C // 2
@@ -1238,7 +1320,126 @@ def multiply_accumulates(config: DATConfig, image_size: int | tuple[int, int] | 
                 total -= 0 if config.offsets else (stage.kernel ** 2 + 2) * keys * C
             else:
                 total += 4 * N * C ** 2 + 2 * N * stage.window ** 2 * C
-    return total
+        found.append(total)
+    return found
+
+
+def multiply_accumulates(config: DATConfig, image_size: int | tuple[int, int] | None = None) -> int:
+    """Those of one image in the whole network."""
+    return sum(stage_macs(config, image_size)) + config.stages[-1].dim * config.classes
+
+
+PUBLISHED = {"dat-t": 4.6, "dat-s": 9.0, "dat-b": 15.8, "dat-b-384": 49.8}     # paper's GFLOPs
+
+
+def summarise(args: argparse.Namespace) -> int:
+    """--summary: the stages of --model, their parameters and cost, beside the paper's figure."""
+    name = args.model or "dat-t"
+    with torch.device("meta"):
+        model = build(name)
+    config, size = model.config, args.image_size or model.config.image_size
+    row = "{:6}{:>10}{:>6}{:>6}{:>7}  {:18} {:>11} {:>8}".format
+    print(f"{name}, an image of {size} px\n"
+          + row("stage", "map", "C", "heads", "groups", "blocks", "parameters", "MMAC"))
+    for i, (stage, (H, W), macs) in enumerate(zip(config.stages, config.map_sizes(size),
+                                                  stage_macs(config, size))):
+        modules = [model.stages[i], model.stem] if i == 0 else [model.stages[i]]
+        parameters = sum(p.numel() for module in modules for p in module.parameters())
+        print(row(i + 1, f"{H} x {W}", stage.dim, stage.heads, stage.groups or "-", stage.blocks,
+                  f"{parameters:,}", f"{macs / 1e6:,.0f}"))
+    published = PUBLISHED.get(name) if args.image_size is None else None
+    print(f"in all, with the head: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{multiply_accumulates(config, size) / 1e9:.3f} G multiply-accumulates"
+          + (f" (the paper: {published} G)" if published else ""))
+    return 0
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory in use so far, GiB: PyTorch's on a GPU, else the whole process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    import resource                                             # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """--bench: speed, memory and where the time goes, against a large matrix product."""
+    device, name = choose_device(args.device), args.model or "dat-t"
+    cuda = device.type == "cuda"
+    B, size = args.batch_size or (128 if cuda else 8), args.image_size or VARIANTS[name].image_size
+    torch.manual_seed(args.seed)
+    model = build(name, image_size=size).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-5, fused=True)
+    run = torch.compile(model, fullgraph=True) if args.compile else model
+    images = torch.randn(B, 3, *_pair("image_size", size), device=device)
+    labels = torch.randint(model.config.classes, (B,), device=device)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    square = torch.randn(2, 8192 if cuda else 2048, 8192 if cuda else 2048, device=device).to(dtype)
+
+    def infer() -> None:
+        with torch.inference_mode(), autocast(device):
+            run(images)
+
+    def step() -> None:
+        with autocast(device):
+            loss = F.cross_entropy(run(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+
+    def seconds(action: Callable[[], object]) -> list[float]:
+        """Seven times, sorted, after two that warm up."""
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            action()
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return sorted(times[2:])
+
+    ceiling = 2 * square.shape[1] ** 3 / seconds(lambda: square[0] @ square[1])[3] / 1e12
+    hardware = (torch.cuda.get_device_name() if cuda else
+                f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    row = "{:14}{:>9}  {:22}{:>8}{:>9}{:>13}".format
+    print(f"{name}, batch {B}, {size} px, {hardware}, {dtype}, torch {torch.__version__}"
+          f"{', compiled' * args.compile}\nceiling, a product of {square.shape[1]} x "
+          f"{square.shape[1]} matrices: {ceiling:.3g} TFLOP/s\n"
+          + row("median of 7", "images/s", "slowest .. fastest", "TFLOP/s", "ceiling", "peak memory"))
+    for label, action, factor in (("inference", infer, 1), ("training step", step, 3)):
+        model.train(factor == 3)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        times = seconds(action)
+        flops = 2 * factor * multiply_accumulates(model.config) * B / times[3] / 1e12
+        print(row(label, f"{B / times[3]:,.1f}", f"{B / times[-1]:,.1f} .. {B / times[0]:,.1f}",
+                  f"{flops:.3g}", f"{flops / ceiling:.0%}", f"{peak_memory(device):.2f} GiB"))
+
+    spent, last = {}, [0.0]
+
+    def clock(kind: str, *_: object) -> None:                   # what ran since the last call
+        if cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        spent[kind] = spent.get(kind, 0.0) + now - last[0]
+        last[0] = now
+
+    kinds = [(model.stem, "stem and down"), (model.head, "head")]
+    for stage, config in zip(model.stages, model.config.stages):
+        kinds += [(stage.down, "stem and down"), *zip(stage.blocks, config.blocks)]
+    run = model.eval()
+    hooks = [module.register_forward_hook(functools.partial(clock, kind)) for module, kind in kinds]
+    for _ in range(5):
+        last[0] = time.perf_counter()
+        infer()
+    for hook in hooks:
+        hook.remove()
+    total = sum(spent.values())
+    print("inference, not compiled, goes to "
+          + ", ".join(f"{kind} {part / total:.0%}" for kind, part in sorted(spent.items())))
+    return 0
 
 
 # ============================================================ 15. command line
@@ -1281,25 +1482,34 @@ def evaluate_checkpoint(args: argparse.Namespace) -> int:
 def draw_checkpoint(args: argparse.Namespace) -> int:
     """--draw: writes the picture of what --checkpoint sees in an image."""
     _check(args.checkpoint, "--draw needs --checkpoint FILE")
-    model, checkpoint = load_checkpoint(args.checkpoint)
+    model, checkpoint = load_checkpoint(args.checkpoint, "classes", "dataset", "mean", "std")
+    names, mean, std = (checkpoint[key] for key in ("classes", "mean", "std"))
+    try:
+        assert mean.shape == std.shape == (3, 1, 1) and (std > 0).all() and mean.dtype == std.dtype
+        names = [str(name) for name, _ in zip(names, range(model.config.classes), strict=True)]
+    except (AssertionError, AttributeError, TypeError, ValueError):
+        raise InputError(f"{args.checkpoint}: classes, mean or std are not as --train writes them"
+                         ) from None
     image = read_image(args.draw, model.config, args.data)
     out = Path("points.png" if args.out is None else args.out)
+    _check(out.suffix.lower() == ".png", f"--out {out}: expected a name that ends in .png")
     _check(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
     for y, x in args.query or ():
         _check(0 <= y < image.shape[2] and 0 <= x < image.shape[3],
                f"--query {y:g},{x:g} is outside the {image.shape[2]} x {image.shape[3]} image")
-    try:
-        pixels = (image.float() / 255 - checkpoint["mean"]) / checkpoint["std"]
-        names = checkpoint["classes"]
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise InputError(f"{args.checkpoint} lacks what --draw needs: {error}") from None
+    name = args.draw.partition(":")[0]
+    _check(name not in DATASETS or name == checkpoint["dataset"],
+           f"{args.checkpoint} was trained on {checkpoint['dataset']}, not on {name}")
+    pixels = ((image.float() / 255 - mean) / std).float()
     model.eval()
     with torch.no_grad():
         probability, best = model(pixels).softmax(dim=1).max(dim=1)
+    _check(probability.isfinite(), f"{args.checkpoint} gives no finite probability")
     views = inspect(model, pixels)
     _check(views, f"{args.checkpoint} has no deformable block to draw")
     title = f"{args.draw}: {names[best]}, probability {probability.item():.0%}"
-    draw(image[0], views, out, title=title, queries=args.query)
+    figure = draw(image[0], views, title=title, queries=args.query)
+    write_atomically(out, lambda path: figure.savefig(path, dpi=80, format="png"))
     print(f"{title}; wrote {out}")
     return 0
 
@@ -1314,12 +1524,16 @@ def main(arguments: list[str] | None = None) -> int:
     task.add_argument("--eval", choices=DATASETS, help="test accuracy of --checkpoint FILE")
     task.add_argument("--draw", metavar="IMAGE", help="where --checkpoint FILE looks in a file, or "
                       "in an image of a test set such as shapes:3; into --out points.png")
+    task.add_argument("--summary", action="store_true", help="stages and cost of --model")
+    task.add_argument("--bench", action="store_true", help="speed and memory of --model")
     parser.add_argument("--query", type=_yx, action="append", metavar="Y,X",
                         help="with --draw: show the keys of this pixel of the image as the model "
                         "gets it; may be repeated")
     parser.add_argument("--checkpoint", metavar="FILE", help="written by --train: OUT/last.pt")
     parser.add_argument("--data", metavar="DIR", help="holds the CIFAR archive or its folder")
     parser.add_argument("--model", choices=VARIANTS)
+    parser.add_argument("--image-size", type=_number(int, 1), metavar="PX",
+                        help="of --summary and --bench")
     parser.add_argument("--epochs", type=_number(int, 1), metavar="N")
     parser.add_argument("--batch-size", type=_number(int, 1), metavar="N")
     parser.add_argument("--lr", type=_number(float, 1e-12), metavar="X", help="peak learning rate")
@@ -1338,8 +1552,10 @@ def main(arguments: list[str] | None = None) -> int:
             return evaluate_checkpoint(args)
         if args.draw is not None:
             return draw_checkpoint(args)
+        if args.summary or args.bench:
+            return (summarise if args.summary else benchmark)(args)
         _check(not (sys.argv[1:] if arguments is None else arguments),
-               "nothing to do: give --train, --eval or --draw")
+               "nothing to do: give --train, --eval, --draw, --summary or --bench")
         parser.print_help()
         return 0
     except BrokenPipeError:                                     # the reader of our output left

@@ -6,8 +6,10 @@ it runs on the CPU, also where there is a GPU.
 """
 import ast
 import contextlib
+import functools
 import hashlib
 import http.client
+import importlib.util
 import io
 import math
 import os
@@ -27,7 +29,7 @@ import pytest
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                            # before torch looks for GPUs
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import dat
@@ -109,7 +111,9 @@ def assert_input_error(result, *words):
 # ============================================================ parity with the loops
 
 
-@given(H=sizes, W=sizes, window=st.integers(1, 4), heads=st.sampled_from([1, 2]),
+@settings(max_examples=60)
+@example(H=3, W=2, window=7, heads=1, shifted=True)                 # no cut, and nothing to roll
+@given(H=sizes, W=sizes, window=st.integers(1, 7), heads=st.sampled_from([1, 2]),
        shifted=st.booleans())
 def test_window_attention_equals_the_loops(H, W, window, heads, shifted):
     """Red if padding leaks, cuts are misplaced, q and k swap in the bias, or y and x do."""
@@ -302,18 +306,18 @@ def test_release_geometry_blurs_at_zero_offset():
     close(release[[0, 1, 13]], [0.464286, 1.392857, 12.535714], 1e-6)
 
 
-def test_gradient_reaches_the_offset_network_both_ways():
+def test_gradient_reaches_the_offset_network_both_ways(monkeypatch):
     """Red if points are detached: they matter through the sampled features alone (no bias) and
-    through the bias alone (features constant, so that moving a point reads the same)."""
-    features = small_attention(position="none")
+    through the bias alone (the features sampled without a gradient to the points)."""
+    features, sample = small_attention(position="none"), dat.bilinear_sample
     features(random_input(1, 6, 7, 8)).square().sum().backward()
     assert features.offset.out.weight.grad.abs().max() > 1e-6
     bias = small_attention()
-    x = random_input(1, 6, 7, 8)
-    q = bias.q(x)
-    bias.position_bias(bias.points(q), (6, 7)).square().sum().backward()
+    monkeypatch.setattr(dat, "bilinear_sample", lambda z, points: sample(z, points.detach()))
+    bias(random_input(1, 6, 7, 8)).square().sum().backward()
     assert bias.offset.out.weight.grad.abs().max() > 1e-6
     assert bias.offset.conv.weight.grad.abs().max() > 1e-6
+    monkeypatch.undo()
     model = DAT(small_config())                                     # and to who asks for the points
     model.sampling_points(torch.randn(1, 3, 16, 16))[1].sum().backward()
     assert model.stages[1].blocks[1].attention.offset.out.weight.grad.abs().max() > 0
@@ -332,19 +336,58 @@ def test_offset_network_ends_without_a_bias_after_a_norm():
 def test_groups_move_independently_and_share_points_over_queries():
     """Red if groups mix: the queries of one group move its own points only, and every query of
     the group's heads reads its keys at those."""
-    attention, x = small_attention(), random_input(1, 4, 5, 8)
+    attention, x = small_attention(), random_input(2, 4, 5, 8)
     q = attention.q(x).detach()
     changed = q.clone()
-    changed[..., 4:] += random_input(1, 4, 5, 4, seed=3)            # the second of two groups
+    changed[..., 4:] += random_input(2, 4, 5, 4, seed=3)            # the second of two groups
     before, after = attention.points(q).detach(), attention.points(changed).detach()
     assert torch.equal(before[:, 0], after[:, 0])
     assert (before[:, 1] - after[:, 1]).abs().min() > 0
     _, k, v, _ = attention.project(x)
-    sampled = [loops.bilinear(x[0, :, :, 4 * g:4 * g + 4].numpy(), *point)
-               for g in (0, 1) for point in before[0, g].flatten(0, 1).numpy()]
-    sampled = torch.from_numpy(np.concatenate(np.split(np.array(sampled), 2), axis=1))  # (K, C)
-    for ours, layer in ((k, attention.k), (v, attention.v)):        # (1, M, K, d), no query axis
-        close(ours[0].transpose(0, 1).flatten(1).detach(), layer(sampled).detach())
+    for b in (0, 1):
+        sampled = [loops.bilinear(x[b, :, :, 4 * g:4 * g + 4].numpy(), *point)
+                   for g in (0, 1) for point in before[b, g].flatten(0, 1).numpy()]
+        sampled = torch.from_numpy(np.concatenate(np.split(np.array(sampled), 2), axis=1))  # (K, C)
+        for ours, layer in ((k, attention.k), (v, attention.v)):    # (B, M, K, d), no query axis
+            close(ours[b].transpose(0, 1).flatten(1).detach(), layer(sampled).detach())
+
+
+@settings(max_examples=40)
+@given(H=sizes, W=sizes, r=st.sampled_from([1, 2]), s=st.sampled_from([0.5, 2.0, 7.0, 40.0]),
+       data=st.data())
+def test_pieces_of_the_table_are_the_table_read_at_every_displacement(H, W, r, s, data):
+    """[D1] Red if the fast form of equation 9, four weighted pieces of the table per key, parts
+    from reading the table displacement by displacement, in values or gradients, on or off it."""
+    attention = small_attention(size=(H, W), stride=r, offset_range=s)
+    points = attention.points(attention.q(random_input(2, H, W, 8))).detach().requires_grad_()
+    end = data.draw(st.integers(1, H))
+    rows = (data.draw(st.integers(0, end - 1)), end)
+    B, G, Hk, Wk, _ = points.shape
+    queries = torch.cartesian_prod(torch.arange(*rows).double(), torch.arange(W).double())
+    index = queries[:, None] - points.flatten(2, 3)[:, :, None] + torch.tensor([H - 1., W - 1.])
+    table = attention.table.unflatten(0, (G, -1)).expand(B, -1, -1, -1, -1)
+    direct = dat.bilinear_sample(table.flatten(0, 1), index.flatten(0, 1)).unflatten(0, (B, G))
+    found = attention.position_bias(points, (H, W), rows)
+    weights, gradients = random_input(*found.shape, seed=4), []
+    close(found.detach(), direct.flatten(1, 2).detach(), 1e-12)
+    for bias in (found, direct.flatten(1, 2)):
+        gradients.append(torch.autograd.grad((bias * weights).sum(), (points, attention.table)))
+    for one, other in zip(*gradients):
+        close(one, other, 1e-9)
+
+
+def test_long_maps_are_attended_a_few_rows_at_a_time(monkeypatch):
+    """Red if memory grows with queries times keys, or if the rows of queries are put together
+    wrongly: whatever the share, the block's output is the same."""
+    seen, attend = [], dat.attend
+    monkeypatch.setattr(dat, "attend", lambda q, *rest: seen.append(q.shape[2]) or attend(q, *rest))
+    for changes in ({}, {"geometry": "release"}, {"position": "fixed"}, {"position": "none"}):
+        attention, x = small_attention(size=(5, 7), **changes), random_input(2, 5, 7, 8)
+        monkeypatch.setattr(dat, "SCORES", 2 ** 24)
+        expected = attention(x).detach()
+        monkeypatch.setattr(dat, "SCORES", 4 * 35 * 7 * 2)          # M K W: two rows
+        close(attention(x).detach(), expected, 1e-12)
+    assert seen == [35, 14, 14, 7] * 4
 
 
 @given(H=sizes, W=sizes, window=st.integers(1, 4), shifted=st.booleans(), data=st.data())
@@ -826,11 +869,32 @@ def test_attention_never_runs_on_cudnn(monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(dat, "attend", functools.partial(dat.attend, fused=True))
     before = torch.backends.cuda.cudnn_sdp_enabled()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         DAT(small_config())(torch.randn(1, 3, 16, 16))
     assert len(seen) == 5 and not any(seen)
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_both_forms_of_attention_agree(with_bias):
+    """Red if the formula, used on CPUs, and PyTorch's kernels, used elsewhere, part in values or
+    gradients."""
+    q, k, v, bias = (random_input(*shape, seed=i) for i, shape in enumerate(
+        [(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4), (1, 3, 5, 7)]))
+    bias[..., 2] = -math.inf                                        # a masked key
+    inputs, found = [q, k, v] + [bias] * with_bias, []
+    for fused in (False, True):
+        for t in inputs:
+            t.grad = None
+            t.requires_grad_()
+        z = dat.attend(q, k, v, bias if with_bias else None, fused=fused)
+        z.square().sum().backward()
+        found.append([z.detach(), *(t.grad for t in inputs)])
+    for one, other in zip(*found):
+        assert one.isfinite().all()
+        close(one, other, 1e-12)
 
 
 def test_compiled_and_exported_models_agree_with_eager():
@@ -1320,11 +1384,13 @@ def test_checkpoints_of_strangers_run_nothing_and_end_in_one_line(tiny):
     torch.save({"model": {}}, "other.pt")
     torch.save({"config": asdict(small_config()), "model": {}}, "empty.pt")
     torch.save({"config": {"stages": 3}, "model": {}}, "config.pt")
+    torch.save(torch.zeros(3), "tensor.pt")
     Path("noise.pt").write_bytes(os.urandom(500))
     model = DAT(small_config())
     torch.save({"config": asdict(model.config), "model": model.state_dict()}, "classes.pt")
     for file, word in (("pickle.pt", "plain values"), ("other.pt", "config"), ("noise.pt", ""),
-                       ("empty.pt", "Missing key"), ("config.pt", "stages"),
+                       ("tensor.pt", "holds a Tensor"), ("empty.pt", "Missing key"),
+                       ("config.pt", "stages"),
                        ("absent.pt", "No such file"), ("classes.pt", "5 classes")):
         assert_input_error(run_cli("--eval", "cifar10", "--checkpoint", file), file, word)
     assert not Path("pwned").exists()
@@ -1345,6 +1411,7 @@ def test_inspected_attention_is_what_the_model_uses(geometry, position):
     assert len(views) == len(points) == len(inputs) == 2
     for view, where, (attention, x, first, cell) in zip(views, points, inputs):
         _, _, v, _ = attention.project(x)
+        close(view.reach, [cell * n for n in attention.reach(*x.shape[1:3])])
         z = (view.weights @ v).transpose(1, 2).reshape(x.shape)
         close(attention.out(z).detach(), attention(x).detach())
         close(view.points, where.detach(), 1e-12)
@@ -1386,10 +1453,14 @@ def test_draw_makes_one_picture_of_files_and_test_images(checkpoint):
     (["absent.png"], "absent.png"), (["o/metrics.csv"], "o/metrics.csv"), (["cifar10:64"], "63"),
     (["cifar10:-1"], "cifar10:-1"), (["cifar10:x"], "cifar10:x"), (["shapes:2000"], "1999"),
     (["cifar10:0", "--query", "32,0"], "32,0"), (["cifar10:0", "--query", "3"], "3"),
-    (["cifar10:0", "--query", "nan,1"], "nan"), (["cifar10:0", "--out", "."], "folder"),
-    (["cifar10:0", "--out", "absent/p.png"], "absent"), (["cifar10:" + "9" * 5000], "63")])
+    (["cifar10:0", "--query", "nan,1"], "nan"), (["cifar10:0", "--out", "."], ".png"),
+    (["cifar10:0", "--out", "absent/p.png"], "absent"), (["cifar10:" + "9" * 5000], "63"),
+    (["cifar10:0", "--out", "p.jpg"], "p.jpg"), (["shapes:0"], "trained on cifar10"),
+    (["deep.png"], "8 bits")])
 def test_draw_rejects_what_it_cannot_show(checkpoint, arguments, word):
     """Red if bad input gives a traceback or leaves a picture."""
+    from PIL import Image
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save("deep.png")
     assert_input_error(run_cli("--draw", *arguments, "--checkpoint", checkpoint), word)
     assert not Path("points.png").exists()
 
@@ -1397,13 +1468,61 @@ def test_draw_rejects_what_it_cannot_show(checkpoint, arguments, word):
 def test_draw_needs_a_checkpoint_that_fits(tiny):
     """Red if a missing checkpoint, or weights without their data's statistics, end in riddles."""
     assert_input_error(run_cli("--draw", "cifar10:0"), "--checkpoint")
-    model = DAT(small_config(classes=10))
-    torch.save({"config": asdict(model.config), "model": model.state_dict()}, "bare.pt")
-    assert_input_error(run_cli("--draw", "cifar10:0", "--checkpoint", "bare.pt"), "bare.pt")
-    model = DAT(small_config(stages=(StageConfig(dim=8, heads=2, blocks="L"),)))
-    torch.save({"config": asdict(model.config), "model": model.state_dict(), "classes": ["a"] * 5,
-                "mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)}, "plain.pt")
-    assert_input_error(run_cli("--draw", "cifar10:0", "--checkpoint", "plain.pt"), "no deformable")
+    good = {"classes": ["a"] * 5, "mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1),
+            "dataset": "cifar10"}
+    plain = DAT(small_config(stages=(StageConfig(dim=8, heads=2, blocks="L"),)))
+    broken = DAT(small_config())
+    broken.head.weight.data.fill_(math.nan)
+    for model, changes, word in (
+            (DAT(small_config()), {"classes": ["a"]}, "classes"), (plain, {}, "no deformable"),
+            (DAT(small_config()), {"classes": 5}, "classes"), (broken, {}, "finite"),
+            (DAT(small_config()), {"std": torch.zeros(3, 1, 1)}, "std"),
+            (DAT(small_config()), {"mean": torch.zeros(2, 3, 1, 1)}, "mean")):
+        torch.save({"config": asdict(model.config), "model": model.state_dict(), **good, **changes},
+                   "odd.pt")
+        assert_input_error(run_cli("--draw", "cifar10:0", "--checkpoint", "odd.pt"), "odd.pt", word)
+    torch.save({"config": asdict(plain.config), "model": plain.state_dict()}, "bare.pt")
+    assert_input_error(run_cli("--draw", "cifar10:0", "--checkpoint", "bare.pt"), "lacks classes")
+
+
+def test_the_picture_shows_what_was_inspected():
+    """Red if y and x swap in the picture, an arrow misses its point, or a group is left out."""
+    from matplotlib.quiver import Quiver
+    model = DAT(small_config(image_size=(16, 24)))
+    image = dat.make_shapes(1, seed=3, side=24)[0][0, :, :16]
+    views = dat.inspect(model, image[None].float())
+    figure = dat.draw(image, views, title="t", queries=[(1.0, 20.0), (15.0, 0.0)])
+    for view, (moved, _, asked) in zip(views, np.reshape(figure.axes, (-1, 3))):
+        arrows = [c for c in moved.collections if isinstance(c, Quiver)]
+        assert len(arrows) == view.points.shape[1]
+        for arrow, points in zip(arrows, view.points[0].flatten(1, 2)):
+            start = torch.tensor(arrow.get_offsets()).flip(1)
+            close(start, view.reference.flatten(0, 1), 1e-5)
+            close(start + torch.tensor(np.stack([arrow.V, arrow.U], 1)), points, 1e-5)
+        stars = [c.get_offsets()[0] for c in asked.collections[1::2]]
+        for (y, x), (column, row) in zip([(1, 20), (15, 0)], stars):    # the nearest query's place
+            nearest = (view.queries - torch.tensor([y, x])).norm(dim=1).argmin()
+            close([row, column], view.queries[nearest], 1e-5)
+
+
+def test_the_study_measures_where_points_lie():
+    """Red if the share of points on a mask, or of attention, is taken at other places."""
+    spec = importlib.util.spec_from_file_location("study", HERE / "figures/study.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    torch.manual_seed(0)
+    model = DAT(study.two())
+    images, labels, masks = dat.make_shapes(6, seed=1)
+    left = torch.zeros_like(masks)
+    left[..., :16] = True
+    everywhere, half, nowhere = (study.measure(model, images, labels, m) for m in (
+        torch.ones_like(masks), left, torch.zeros_like(masks)))
+    points = model.sampling_points((images.float() / 255 - 0.5) / 0.25)
+    for found, right in ((everywhere, 31), (half, 15)):             # a point's four pixels
+        inside = [torch.minimum(p + 1, torch.tensor([32, right + 1]) - p).clamp(0, 1).prod(-1)
+                  for p in points]
+        close(found["on"], np.mean([share.mean().item() for share in inside]), 1e-5)
+    assert nowhere["on"] == nowhere["att"] == 0 and everywhere["att"] > 0.8
 
 
 # ============================================================ the tutorial

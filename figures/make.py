@@ -20,8 +20,8 @@ def geometries(path):
         reach = dat.largest_offset(count, length, offset_range=2.0, geometry=geometry)
         points = torch.cartesian_prod(centres, centres)
         for edge in range(length + 1):
-            axis.axhline(edge - 0.5, color="0.85", lw=0.8)
-            axis.axvline(edge - 0.5, color="0.85", lw=0.8)
+            axis.axhline(edge - 0.5, color="0.85", lw=0.8, zorder=0)
+            axis.axvline(edge - 0.5, color="0.85", lw=0.8, zorder=0)
         pixels = torch.cartesian_prod(*[torch.arange(length)] * 2)
         axis.scatter(pixels[:, 1], pixels[:, 0], s=8, color="0.6", label="pixel centres")
         axis.scatter(points[:, 1], points[:, 0], s=40, facecolors="none", edgecolors="tab:red",
@@ -54,9 +54,52 @@ def table(path):
         axis.legend(fontsize=8, ncols=3, loc="upper right")
     axes[0].set_title("keys on pixels: five integer displacements")
     axes[1].set_title("a key at 0.75: the index falls between entries")
+    axes[1].annotate("0.75 table[3] + 0.25 table[4]", (3.25, 2), (1.05, 1.55), fontsize=8,
+                     arrowprops={"arrowstyle": "->"})
+    figure.savefig(path, dpi=80)
+
+
+def keys(path):
+    """What one query of an 8 x 8 map looks at: ViT, Swin, deformable convolution, DAT."""
+    figure, axes = plt.subplots(1, 4, figsize=(13, 4), layout="constrained")
+    generator = torch.Generator().manual_seed(3)
+    grid, query = torch.cartesian_prod(torch.arange(8.), torch.arange(8.)), torch.tensor([2., 5.])
+    taps = query + torch.cartesian_prod(*[torch.arange(-1., 2)] * 2)
+    bend = 0.9 * torch.stack([torch.sin(grid[:, 1] / 2), torch.cos(grid[:, 0] / 2)], dim=1)
+    cases = {"ViT: every patch": grid,
+             "Swin (w = 4): its window": grid[(grid // 4 == query // 4).all(dim=1)],
+             "deformable convolution:\nnine taps of its own": taps + 1.2 * torch.randn(
+                 9, 2, generator=generator),
+             "DAT: moved points,\nthe same for every query": grid + bend}
+    for axis, (title, points) in zip(axes, cases.items()):
+        axis.scatter(grid[:, 1], grid[:, 0], s=6, color="0.7")
+        axis.scatter(points[:, 1], points[:, 0], s=26, color="tab:red")
+        axis.scatter(query[1], query[0], s=160, marker="*", color="tab:blue", edgecolors="black")
+        axis.set(title=title, aspect="equal", xlim=(-1.4, 8.4), ylim=(8.4, -1.4), xticks=[],
+                 yticks=[])
+    figure.savefig(path, dpi=80)
+
+
+def sampling(path):
+    """Equation 8 on the 3 x 4 map of section 5: a point and the weights of its four pixels."""
+    figure, axis = plt.subplots(figsize=(5.5, 3.9), layout="constrained")
+    y, x = 1.5, 2.25
+    for row in range(3):
+        for column in range(4):
+            weight = max(0, 1 - abs(y - row)) * max(0, 1 - abs(x - column))
+            axis.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, edgecolor="0.6",
+                                         facecolor=(1, 1 - weight, 1 - weight)))
+            text = f"{10 * row + column}" + (f"\nx {weight:g}" if weight else "")
+            axis.text(column, row - 0.12, text, ha="center", va="center")
+    axis.plot([x], [y], "o", color="tab:blue")
+    axis.annotate("(1.5, 2.25)", (x, y), (x + 0.35, y + 0.02), fontsize=9, color="tab:blue")
+    axis.set(xlim=(-0.6, 3.6), ylim=(2.6, -0.6), aspect="equal", xticks=range(4), yticks=range(3),
+             xlabel="x", ylabel="y")
     figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":
+    keys(HERE / "keys.png")
+    sampling(HERE / "sampling.png")
     geometries(HERE / "geometry.png")
     table(HERE / "table.png")

@@ -3,17 +3,14 @@
     python figures/study.py NAME [--epochs N] [--seeds N]         # run from the repository's root
     NAME: offsets (the main question), range (s), groups (G), position, windows
 
-Every run is `python dat.py --train shapes` with one field of the model changed. Rows are kept in
-runs/study/rows.jsonl and not computed again; the table is printed at the end. A run uses one
-thread, so that two studies run side by side on two cores.
+Every run is `python dat.py --train shapes` with one field of the model changed, kept below
+runs/study and not trained again unless dat.py or the configuration changed. The table is printed
+at the end. A run uses one thread, so that two studies run side by side on two cores.
 """
 import argparse
 import hashlib
-import json
-import platform
 import shutil
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 
@@ -22,76 +19,89 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dat
 
+FOLDER = Path("runs/study")
 
-def model(dims, blocks, *, offsets=True, position="relative", **changes):
+
+def model(dims, blocks, *, patch=4, offsets=True, position="relative", **changes):
     """A small DAT for 32-pixel images; `changes` apply to the stages with deformable blocks."""
     return dat.DATConfig(
         stages=tuple(dat.StageConfig(dim=dim, heads=dim // 12, blocks=letters, window=4, kernel=3,
                                      **({"groups": 2, **changes} if "D" in letters else {}))
                      for dim, letters in zip(dims, blocks)),
-        image_size=32, patch=4, stem="conv", classes=8, offsets=offsets, position=position)
+        image_size=32, patch=patch, stem="conv", classes=8, offsets=offsets, position=position)
 
 
-def two(**changes):
+def two(blocks=("LD", "LD"), **changes):
     """Two stages of 8 x 8 and 4 x 4 points, 4 and 8 pixels of the image apart."""
-    return model((48, 96), ("LD", "LD"), **changes)
+    return model((48, 96), blocks, **changes)
 
 
-ROWS = Path("runs/study/rows.jsonl")            # key: configuration, seed, epochs
 STUDIES = {
-    "offsets": {"learned": two(), "offsets=False": two(offsets=False)},
+    "offsets": {"learned": two(), "offsets=False": two(offsets=False),
+                "windows only": two(("LS", "LS"))},
     "range": {f"s={s:g}": two(offset_range=float(s)) for s in (0.5, 1, 2, 4, 8, 100)},
     "groups": {f"G={g}": two(groups=g) for g in (1, 2, 4)},
     "position": {name: two(position=name) for name in ("relative", "fixed", "none")},
-    "windows": {"/".join(blocks): model((48, 96, 192), blocks) for blocks in
-                (("LS", "LS", "LD"), ("LS", "LD", "LD"), ("LD", "LD", "LD"))},
+    "windows": {"/".join(blocks): model((24, 48, 96, 192), blocks, patch=2) for blocks in
+                (("LS", "LS", "LD", "LD"), ("LS", "LD", "LD", "LD"), ("LD", "LD", "LD", "LD"))},
 }
+COLUMNS = {                                     # all but the last two in %, means over the blocks
+    "accuracy": "test images classified right",
+    "on": "the mask's value at the points: the share of them on the object",
+    "on other": "the same on the mask of another image: what a layout blind to the image gets",
+    "att": "attention on the object: the mask's value at a key, weighted by what the key receives",
+    "att other": "the same on the mask of another image",
+    "outside": "points off the image, where the mask counts 0",
+    "used": "offset along an axis as a share of the largest allowed",
+    "own": "of the mean square offset, what is not the same for all images",
+    "px": "mean length of an offset in pixels of the image"}
 
 
 @torch.no_grad()
 def measure(model, images, labels, masks):
-    """Shares in [0, 1]: accuracy, points and attention on the object, used part of the range."""
-    right, rows = 0, []
-    for batch, target, mask in zip(images.split(250), labels.split(250), masks.split(250)):
+    """The COLUMNS of a model, as shares of 1 (px in pixels)."""
+    right, batches = 0, []
+    for batch, target in zip(images.split(250), labels.split(250)):
         pixels = (batch.float() / 255 - 0.5) / 0.25
         right += int((model(pixels).argmax(1) == target).sum())
-        for view, (attention, x, *_) in zip(dat.inspect(model, pixels),
-                                           model.deformable_inputs(pixels)):
-            points = view.points.flatten(1, 3)                      # (B, G K, 2)
-            on = dat.bilinear_sample(mask[:, None].float(), points[:, None]).flatten(1)
-            weight = view.importance.flatten(1)
-            sides = zip(view.reference.shape[:2], x.shape[1:3])
-            bound = torch.tensor([dat.largest_offset(
-                n, length, offset_range=attention.offset_range, geometry=attention.geometry)
-                for n, length in sides]) * 32 / torch.tensor(x.shape[1:3])
-            used = ((view.points - view.reference).abs() / bound).mean()
-            rows.append([on.mean(), (on * weight).sum() / weight.sum(), used])
-    shares = torch.tensor(rows).mean(0).tolist() if rows else [float("nan")] * 3
-    return dict(zip(("accuracy", "points", "attention", "used"), [right / len(labels), *shares]))
+        batches.append(dat.inspect(model, pixels))
+    attentions = [m for m in model.modules() if isinstance(m, dat.DeformableAttention)]
+    rows = []
+    for attention, views in zip(attentions, zip(*batches)):
+        points = torch.cat([view.points for view in views])                 # (n, G, Hk, Wk, 2)
+        weights = torch.cat([view.importance for view in views]).flatten(1)
+        offset = points - views[0].reference
+        bound = attention.offset_range / 2 * 32 / points.shape[2]           # s / 2 cells, r = 1
+        square = offset.square().sum(-1).mean()
+        own = 1 - offset.mean(0).square().sum(-1).mean() / square if square > 0 else square
+        row = []
+        for mask in (masks, masks.roll(1, 0)):
+            on = dat.bilinear_sample(mask[:, None].float(), points.flatten(1, 3)[:, None])
+            on = on.flatten(1)                                              # (n, G K)
+            row += [on.mean(), (on * weights).sum() / weights.sum()]
+        outside = ((points < -0.5) | (points > 31.5)).any(-1).float().mean()
+        used = (offset.abs() / bound).mean()
+        px = offset.norm(dim=-1).mean()
+        rows.append([row[0], row[2], row[1], row[3], outside, used, own, px])
+    shares = torch.tensor(rows).mean(0).tolist() if rows else [float("nan")] * 8
+    return dict(zip(COLUMNS, [right / len(labels), *shares]))
 
 
-def run(config, seed, epochs):
-    """Trains `config` on `shapes` and measures it, as it is and with its offsets taken out."""
-    key = hashlib.sha256(f"{config} {seed} {epochs}".encode()).hexdigest()[:16]
-    dat.VARIANTS["study"] = config
-    out, start = ROWS.parent / key, time.monotonic()
-    shutil.rmtree(out, ignore_errors=True)                          # an interrupted run's
-    code = dat.main(["--train", "shapes", "--model", "study", "--device", "cpu", "--seed",
-                     str(seed), "--epochs", str(epochs), "--out", str(out)])
-    if code:
-        sys.exit(code)
-    row = {"key": key, "seconds": time.monotonic() - start,
-           "mmac": dat.multiply_accumulates(config) / 1e6}
-    model, _ = dat.load_checkpoint(str(out / "last.pt"))
-    test = dat.make_shapes(2000, seed=0)                            # the test set of `shapes`
-    row |= measure(model.eval(), *test)
-    for module in model.modules():                                  # back to the uniform grid
-        if isinstance(module, dat.DeformableAttention):
-            module.offset = None
-    row |= {f"grid_{name}": value for name, value in measure(model, *test).items()}
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
+def trained(config, seed, epochs):
+    """The checkpoint of `config`, from disk or a run. Returns the model and seconds it took."""
+    code = Path(dat.__file__).read_bytes()
+    key = hashlib.sha256(code + f"{config} {seed} {epochs}".encode()).hexdigest()[:16]
+    out = FOLDER / key
+    if not (out / "done").exists():
+        dat.VARIANTS["study"] = config
+        shutil.rmtree(out, ignore_errors=True)                  # an interrupted run's
+        code = dat.main(["--train", "shapes", "--model", "study", "--device", "cpu", "--seed",
+                         str(seed), "--epochs", str(epochs), "--out", str(out)])
+        if code:
+            sys.exit(code)
+        (out / "done").touch()
+    model, checkpoint = dat.load_checkpoint(str(out / "last.pt"))
+    return model.eval(), checkpoint["history"][-1][-1]
 
 
 def main():
@@ -101,25 +111,29 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
-    ROWS.touch()
-    table = {}
+    test, table = dat.make_shapes(2000, seed=0), {}             # the test set of `shapes`
     for seed in range(args.seeds):
         for label, config in STUDIES[args.study].items():
-            key = hashlib.sha256(f"{config} {seed} {args.epochs}".encode()).hexdigest()[:16]
-            done = {row["key"]: row for row in map(json.loads, ROWS.read_text().splitlines())}
-            table.setdefault(label, []).append(done.get(key) or run(config, seed, args.epochs))
-    print(f"\n{args.seeds} seeds, {args.epochs} epochs of 10,000 images, one thread of "
-          f"{platform.machine()}, torch {torch.__version__}; %, mean (smallest to largest)\n")
-    columns = ("accuracy", "points", "grid_points", "attention", "grid_attention", "grid_accuracy",
-               "used")
-    print(f"| {args.study} | " + " | ".join(columns) + " | MMAC | s |")
-    print("|---" * (len(columns) + 3) + "|")
+            model, seconds = trained(config, seed, args.epochs)
+            cost = {"MMAC": dat.multiply_accumulates(config) / 1e6, "s": seconds}
+            table.setdefault(label, []).append(measure(model, *test) | cost)
+            if (args.study, label) == ("offsets", "learned"):   # back to the uniform grid
+                for module in model.modules():
+                    if isinstance(module, dat.DeformableAttention):
+                        module.offset = None
+                table.setdefault("learned, taken out", []).append(measure(model, *test) | cost)
+    print(f"\n{args.seeds} seeds, {args.epochs} epochs of 10,000 images, 2,000 test images, one "
+          f"thread, torch {torch.__version__}\n")
+    print("\n".join(f"{name}: {text}" for name, text in COLUMNS.items()), end="\n\n")
+    names = [*COLUMNS, "MMAC", "s"]
+    print("|".join(["", args.study, *names, ""]) + "\n" + "|---" * (len(names) + 1) + "|")
     for label, rows in table.items():
-        values = [[100 * row[column] for row in rows] for column in columns]
-        print(f"| {label} | " + " | ".join(f"{mean(v):.1f} ({min(v):.1f} to {max(v):.1f})"
-                                           for v in values)
-              + f" | {rows[0]['mmac']:.1f} | {mean(row['seconds'] for row in rows):.0f} |")
+        cells = []
+        for name in names:
+            values = [row[name] * (1 if name in ("px", "MMAC", "s") else 100) for row in rows]
+            spread = f" ({min(values):.1f} to {max(values):.1f})" * (min(values) < max(values))
+            cells.append(f"{mean(values):.1f}{spread}")
+        print("|".join(["", label, *cells, ""]))
 
 
 if __name__ == "__main__":
