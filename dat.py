@@ -285,7 +285,7 @@ def sample_pieces(table: Tensor, start: Tensor, size: tuple[int, int]) -> Tensor
     pieces = pieces.movedim(1, 3).reshape(G * rows * columns, M * h * w)
     last = start.new_tensor([rows - 1, columns - 1])
     start = start.clamp(min=0).minimum(last)
-    low = start.detach().floor().minimum(last - 1)
+    low = start.detach().floor().nan_to_num().minimum(last - 1)             # nan: in weights only
     fy, fx = (start - low).unbind(-1)                           # (B, G, K)
     weights = torch.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], dim=-1)
     y, x = low.long().unbind(-1)
@@ -511,7 +511,7 @@ class DeformableAttention(nn.Module):
         Shape: (B, G, Hk, Wk, 2) -> (B, M, N, K), or (1, M, N, K) if position="fixed"; with `rows`
         (first, end) the N are the queries of these rows of the map alone.
         Table entry (0, 0) stands for the displacement -(H - 1), -(W - 1); the centre,
-        (H - 1, W - 1), for none: 2 H - 1 entries for H rows.
+        (H - 1, W - 1), for none: 2 H - 1 entries for H rows. Points are within `reach` of the map.
         """
         (B, G, Hk, Wk, _), (H, W), (first, end) = points.shape, size, rows or (0, size[0])
         if self.position == "none":
@@ -524,7 +524,8 @@ class DeformableAttention(nn.Module):
         table = resize(table, (2 * H - 1, 2 * W - 1)).unflatten(0, (G, -1))
         centre = points.new_tensor([H - 1, W - 1])
         if self.geometry == "paper":                            # queries stand on whole pixels:
-            y, x = (min(int(reach) + 1, n) for reach, n in zip(self.reach(H, W), (H, W)))
+            margin = int(self.offset_range / 2 * self.stride) + 1           # beyond reach
+            y, x = min(margin, H), min(margin, W)
             table = F.pad(table, (x, x, y, y))                  # .. what they read of it is a piece
             table = table[:, :, first:table.shape[2] - (H - end)]
             start = centre + centre.new_tensor([y, x]) - points.flatten(2, 3)
@@ -803,8 +804,9 @@ class Dataset:
                        std=self.std.to(device))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 -> float32 of mean 0 and deviation 1 in each channel."""
-        return (images.float() / 255 - self.mean) / self.std
+        """Values in [0, 1], or uint8 -> float32 of mean 0 and deviation 1 in each channel."""
+        images = images if images.is_floating_point() else images.float() / 255
+        return (images - self.mean) / self.std
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -983,6 +985,80 @@ def crop_and_flip(images: Tensor, *, margin: int = 4,
     return padded[sample, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
+OPERATIONS = ("brightness", "contrast", "colour", "sharpness", "posterise", "solarise",
+              "shear_y", "shear_x", "move_y", "move_x", "rotate")
+
+
+def operate(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
+    """OPERATIONS[kind] on each image: strength 0 changes nothing, -1 and 1 are the extremes.
+
+    Source: RandAugment (Cubuk et al., 2020), in one batch.
+    Shape: images (B, 3, H, W) in [0, 1], kind (B,) int64, strength (B,) in [-1, 1] -> the same.
+    """
+    (B, _, H, W), device, m = images.shape, images.device, strength.view(-1, 1, 1, 1)
+    grey = images.mean(dim=1, keepdim=True)
+    blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    levels = 255 ** (1 - m.abs() / 2)                           # down to 16
+    # One of the last five alone is not zero: each is a linear map of where a pixel is read.
+    shear_y, shear_x, move_y, move_x, turn = (
+        strength * (kind == OPERATIONS.index(name)) for name in OPERATIONS[6:])
+    turn = turn * math.pi / 6
+    matrix = torch.stack([turn.cos(), 0.3 * shear_y - turn.sin(), 0.3 * shear_x + turn.sin(),
+                          turn.cos()], dim=1).view(B, 2, 2)
+    pixels = torch.cartesian_prod(*(torch.arange(n, device=device) - (n - 1) / 2 for n in (H, W)))
+    move = torch.stack([(H - 1) / 2 + 0.3 * H * move_y, (W - 1) / 2 + 0.3 * W * move_x], dim=1)
+    points = (pixels @ matrix.mT + move[:, None]).view(B, H, W, 2)
+    outcomes = torch.stack([
+        images * (1 + 0.9 * m), *(torch.lerp(base.expand_as(images), images, 1 + 0.9 * m)
+                                  for base in (grey.mean((2, 3), keepdim=True), grey, blurred)),
+        (images * levels).round() / levels,
+        torch.where(images > 1 - m.abs(), 1 - images, images), bilinear_sample(images, points)])
+    return outcomes[kind.clamp(max=6), torch.arange(B, device=device)].clamp(0, 1)
+
+
+def random_boxes(share: Tensor, H: int, W: int) -> Tensor:
+    """A box of `share` of an H x W image at a random place each, cut off at the border.
+
+    Shape: (B,) -> (B, 1, H, W) bool, true inside.
+    """
+    half, device = share.sqrt() / 2, share.device
+    y, x = torch.rand(2, len(share), device=device)
+    rows, columns = (((torch.arange(n, device=device) + 0.5) / n - centre[:, None]).abs()
+                     < half[:, None] for n, centre in ((H, y), (W, x)))
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def mix(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Every image with the one before it, by mixup or CutMix; targets by the share of pixels.
+
+    Source: Zhang et al., 2018 (with Beta(0.8, 0.8)); Yun et al., 2019.
+    Shape: (B, 3, H, W), (B, classes) -> the same.
+    """
+    B, _, H, W = images.shape
+    blend = torch.distributions.Beta(0.8, 0.8).sample((B, 1, 1, 1)).to(images)
+    box = random_boxes(torch.rand(B, device=images.device), H, W)
+    cut = torch.rand(B, 1, 1, 1, device=images.device) < 0.5
+    other = torch.where(cut, box.to(images), blend)             # (B, 1, H, W), the other's share
+    share = other.mean(dim=(1, 2, 3))[:, None]
+    return (torch.lerp(images, images.roll(1, 0), other),
+            torch.lerp(targets, targets.roll(1, 0), share))
+
+
+def augment(images: Tensor, targets: Tensor, strength: int) -> tuple[Tensor, Tensor]:
+    """Strength 0: crop and flip. 1: and one operation and, for a quarter, erasing. 2: and mixing.
+
+    Shape: images (B, 3, H, W) uint8, targets (B, classes) -> (B, 3, H, W) in [0, 1], (B, classes).
+    """
+    images, (B, _, H, W), device = crop_and_flip(images) / 255, images.shape, images.device
+    if strength > 0:
+        kind = torch.randint(len(OPERATIONS), (B,), device=device)
+        images = operate(images, kind, 2 * torch.rand(B, device=device) - 1)
+        box = random_boxes(0.02 + 0.31 * torch.rand(B, device=device), H, W)
+        box &= torch.rand(B, 1, 1, 1, device=device) < 0.25
+        images = torch.where(box, torch.rand_like(images), images)
+    return mix(images, targets) if strength > 1 else (images, targets)
+
+
 # ============================================================ 12. training
 
 # (data, on CUDA) -> what a run is unless flags say otherwise: model, epochs, batch size, peak lr
@@ -990,6 +1066,12 @@ RECIPES = {("cifar", False): ("cifar-nano", 5, 128, 2e-3),
            ("cifar", True): ("cifar", 300, 256, 1e-3),
            ("shapes", False): ("cifar-nano", 4, 64, 2e-3),
            ("shapes", True): ("cifar", 20, 256, 1e-3)}
+FLAGS = ("epochs", "batch_size", "lr", "seed", "augment")       # those that define a run
+
+
+def augmentation(epochs: int) -> int:
+    """How strong augmentation pays in a run of so many epochs: 0, 1 or 2, as in augment."""
+    return (epochs >= 30) + (epochs >= 100)
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
@@ -1047,8 +1129,10 @@ def load_checkpoint(path: str, *keys: str) -> tuple[DAT, dict]:
         missing = {"config", "model", *keys} - checkpoint.keys()
         _check(not missing, f"it lacks {', '.join(sorted(missing))} (the authors' weights: "
                "load_official)")
-        model = DAT(DATConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
+        with torch.device("meta"):                              # shapes first, memory when they fit
+            model = DAT(DATConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"], assign=True)
+        model.float()
     except Exception as error:                                  # a stranger's file can raise any
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, (pickle.UnpicklingError, EOFError, IndexError)):
@@ -1089,79 +1173,125 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def resume(args: argparse.Namespace) -> tuple[DAT, dict]:
+    """The checkpoint in --out to go on from; a flag that contradicts it is refused by name."""
+    _check(args.out, "--resume needs --out DIR, the folder of the run to go on with")
+    path = f"{args.out}/last.pt"
+    model, run = load_checkpoint(path, "optimizer", "step", "loss", "history", "dataset", *FLAGS)
+    for name, given in (("dataset", args.train), *((flag, getattr(args, flag)) for flag in FLAGS)):
+        _check(given is None or given == run[name], f"{path} has {name} {run[name]}, not {given}: "
+               "leave that flag out, or start another run without --resume")
+    same = replace(VARIANTS[args.model or "dat-t"], classes=model.config.classes,
+                   image_size=model.config.image_size)
+    _check(args.model is None or same == model.config, f"{path} has no {args.model} in it")
+    return model, run
+
+
 def train(args: argparse.Namespace) -> int:
     """The training run of --train. Returns the exit code, 128 + signal if one came."""
     device = choose_device(args.device)
-    recipe = RECIPES["shapes" if args.train == "shapes" else "cifar", device.type == "cuda"]
-    model_name, epochs, batch_size, peak = (
-        flag or default
-        for flag, default in zip((args.model, args.epochs, args.batch_size, args.lr), recipe))
     data = load_dataset(args.train, args.data).to(device)
-    images, labels = data.train
+    (images, labels), classes = data.train, len(data.classes)
+    if args.resume:
+        name, (model, run) = "the model of last.pt", resume(args)
+    else:
+        data_name = "shapes" if args.train == "shapes" else "cifar"
+        name, *recipe = RECIPES[data_name, device.type == "cuda"]
+        name = args.model or name
+        run = {flag: default if getattr(args, flag) is None else getattr(args, flag)
+               for flag, default in zip(FLAGS, (*recipe, 0, None))}
+        run |= {"dataset": args.train, "step": 0, "loss": 0.0, "history": [],
+                "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu()}
+        if run["augment"] is None:
+            run["augment"] = augmentation(run["epochs"])
+        torch.manual_seed(run["seed"])
+        model = build(name, classes=classes, image_size=images.shape[-1])
+    epochs, batch_size, peak, seed, strength = (run[flag] for flag in FLAGS)
+    step, history, loss_sum = run["step"], run["history"], run["loss"]      # of the epoch so far
     per_epoch = len(images) // batch_size                       # a last, smaller batch is left out
     _check(per_epoch, f"--batch-size {batch_size} is more than the {len(images)} images there are")
     steps = epochs * per_epoch
     warmup = max(steps // 20, min(50, steps // 4))              # less leaves short runs at chance
-    torch.manual_seed(args.seed)
-    model = build(model_name, classes=len(data.classes), image_size=images.shape[-1]).to(device)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    run = torch.compile(model, fullgraph=True) if args.compile else model
+    model = model.to(device)
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=peak, fused=True)
-    out = make_folder(args.out, f"runs/{args.train}-{model_name}")
+    if args.resume:
+        try:
+            optimizer.load_state_dict(run["optimizer"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{args.out}/last.pt: not this model's optimizer: {error}") from None
+        out = Path(args.out)
+        for part in out.glob("*.part"):                         # of a run that was killed
+            part.unlink()
+    else:
+        out = make_folder(args.out, f"runs/{args.train}-{name}")
     print(f"{args.train}: {len(images):,} images to train on, {len(data.test[0]):,} to test on, "
-          f"{len(data.classes)} classes\n{model_name}: {size:,} parameters, "
+          f"{classes} classes\n{name}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{multiply_accumulates(model.config) / 1e6:.0f}M multiply-accumulates\n"
-          f"{epochs} epochs of {per_epoch} steps, batch {batch_size}, lr {peak:g}, on {device}, "
-          f"into {out}/  (flags: --model --epochs --batch-size --lr --device --out)")
-    step, saved, history, start = 0, 0, [], time.monotonic()
-    shown = start
+          f"{epochs} epochs of {per_epoch} steps, batch {batch_size}, lr {peak:g}, augmentation "
+          f"{strength}, on {device}, {f'from step {step} on, ' * (step > 0)}into {out}/  "
+          "(flags: --model --epochs --batch-size --lr --augment --device --out)")
+    saved, first, start = step, step, time.monotonic()
+    before = history[-1][-1] if history else 0.0                # seconds of the runs before
+    shown, bad = start, torch.zeros((), dtype=torch.int64, device=device)
 
     def save() -> None:
         """Writes last.pt and metrics.csv; seed and step are the generators' whole state."""
         nonlocal saved
+        saved = step                                            # what fails once is not tried again
+        if bad:
+            raise InputError(f"step {int(bad)}, rate {group['lr']:g}: loss {loss.item():g} and "
+                             f"gradient norm {norm.item():g}, not finite; stopped, {out}/last.pt "
+                             "is as it was")
         file = io.BytesIO()
-        torch.save({
-            "config": asdict(model.config), "model": model.state_dict(), "step": step,
-            "optimizer": optimizer.state_dict(), "seed": args.seed, "epochs": epochs,
-            "batch_size": batch_size, "lr": peak, "history": history, "dataset": args.train,
-            "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu()}, file)
+        torch.save({**run, "config": asdict(model.config), "model": model.state_dict(),
+                    "step": step, "optimizer": optimizer.state_dict(), "loss": float(loss_sum)},
+                   file)
         rows = [("epoch", "step", "loss", "test_accuracy", "seconds"), *history]
         text = "".join(",".join(map(str, row)) + "\n" for row in rows)
         write_atomically(out / "last.pt", lambda path: path.write_bytes(file.getbuffer()))
         write_atomically(out / "metrics.csv", lambda path: path.write_text(text))
-        saved = step
 
     with catch_signals() as caught, contextlib.ExitStack() as at_the_end:
         at_the_end.callback(lambda: step == saved or save())    # also when an error ends the loop
+        if not args.resume:
+            save()                                              # what is killed can be resumed
         while step < steps and not caught:
             epoch, position = divmod(step, per_epoch)
-            torch.manual_seed(args.seed * 1_000_003 + step)     # all draws of a step follow from it
-            if position == 0:
-                order, losses = torch.randperm(len(images)).to(device), 0.0
+            if position == 0 or step == first:                  # the same order for a resumed epoch
+                draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                order = torch.randperm(len(images), generator=draws).to(device)
+                loss_sum = 0.0 if position == 0 else loss_sum
                 model.train()
+            torch.manual_seed(seed * 1_000_003 + step)          # all draws of a step follow from it
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps=steps, warmup=warmup, peak=peak)
             batch = order[position * batch_size:(position + 1) * batch_size]
+            pixels, targets = augment(images[batch], F.one_hot(labels[batch], classes).float(),
+                                      strength if step < 0.9 * steps else min(strength, 1))
             with autocast(device):
-                logits = run(data.normalise(crop_and_flip(images[batch])))
-                loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.1)
+                logits = forward(data.normalise(pixels))
+                loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
-            step, losses = step + 1, losses + loss.detach()
+            step, loss_sum = step + 1, loss_sum + loss.detach().double()
+            bad = torch.where((bad == 0) & ~norm.isfinite(), step, bad)
 
             now, epoch_ends = time.monotonic(), step % per_epoch == 0
+            if step % 10 == 0 and bad:
+                break
             if epoch_ends or now - shown > 10:
-                shown, speed = now, step / (now - start)
+                shown, speed = now, (step - first) / (now - start)
                 accuracy = (logits.argmax(dim=1) == labels[batch]).float().mean().item()
                 print(f"epoch {epoch + 1}/{epochs}  step {step}/{steps}  loss {loss.item():.3f}  "
                       f"batch accuracy {accuracy:.1%}  {speed * batch_size:,.0f} images/s  "
                       f"{(steps - step) / speed:.0f} s left", flush=True)
-            if epoch_ends:
+            if epoch_ends and not bad:
                 accuracy = evaluate(model, data)                # not compiled, as --eval does it
-                history.append((epoch + 1, step, float(losses) / per_epoch, accuracy,
-                                time.monotonic() - start))
+                history.append((epoch + 1, step, float(loss_sum) / per_epoch, accuracy,
+                                before + time.monotonic() - start))
                 print(f"epoch {epoch + 1}/{epochs}  test accuracy {accuracy:.2%}", flush=True)
                 save()
     if caught:
@@ -1319,7 +1449,8 @@ def stage_macs(config: DATConfig, image_size: int | tuple[int, int] | None = Non
                 total += deformable_attention_macs(H=H, W=W, keys=keys, dim=C, kernel=stage.kernel)
                 total -= 0 if config.offsets else (stage.kernel ** 2 + 2) * keys * C
             else:
-                total += 4 * N * C ** 2 + 2 * N * stage.window ** 2 * C
+                h, w = min(stage.window, H), min(stage.window, W)
+                total += 4 * N * C ** 2 + 2 * N * h * w * C
         found.append(total)
     return found
 
@@ -1368,10 +1499,10 @@ def benchmark(args: argparse.Namespace) -> int:
     device, name = choose_device(args.device), args.model or "dat-t"
     cuda = device.type == "cuda"
     B, size = args.batch_size or (128 if cuda else 8), args.image_size or VARIANTS[name].image_size
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed or 0)
     model = build(name, image_size=size).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-5, fused=True)
-    run = torch.compile(model, fullgraph=True) if args.compile else model
+    run = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
     images = torch.randn(B, 3, *_pair("image_size", size), device=device)
     labels = torch.randint(model.config.classes, (B,), device=device)
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -1407,7 +1538,7 @@ def benchmark(args: argparse.Namespace) -> int:
     print(f"{name}, batch {B}, {size} px, {hardware}, {dtype}, torch {torch.__version__}"
           f"{', compiled' * args.compile}\nceiling, a product of {square.shape[1]} x "
           f"{square.shape[1]} matrices: {ceiling:.3g} TFLOP/s\n"
-          + row("median of 7", "images/s", "slowest .. fastest", "TFLOP/s", "ceiling", "peak memory"))
+          + row("median of 7", "images/s", "slowest .. fastest", "TFLOP/s", "share", "peak"))
     for label, action, factor in (("inference", infer, 1), ("training step", step, 3)):
         model.train(factor == 3)
         if cuda:
@@ -1537,7 +1668,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=_number(int, 1), metavar="N")
     parser.add_argument("--batch-size", type=_number(int, 1), metavar="N")
     parser.add_argument("--lr", type=_number(float, 1e-12), metavar="X", help="peak learning rate")
-    parser.add_argument("--seed", type=_number(int, 0, 2 ** 31), default=0, metavar="N")
+    parser.add_argument("--seed", type=_number(int, 0, 2 ** 31), metavar="N", help="default: 0")
+    parser.add_argument("--augment", type=int, choices=(0, 1, 2), help="0: crop and flip; 1: and "
+                        "an operation and erasing; 2: and mixing (default: by --epochs)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--out", metavar="PATH", help="folder of a run (default: "
                         "runs/DATA-MODEL) or picture of --draw (default: points.png)")
@@ -1545,6 +1679,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args = parser.parse_args(arguments)
         _check(args.draw is not None or not args.query, "--query goes with --draw")
+        _check(args.train or not args.resume, "--resume goes with --train")
+        _check(args.summary or args.bench or args.image_size is None,
+               "--image-size goes with --summary and --bench")
         if args.train:
             _check(not args.checkpoint, "--train starts afresh: --checkpoint is for --eval, --draw")
             return train(args)

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -376,6 +377,17 @@ def test_pieces_of_the_table_are_the_table_read_at_every_displacement(H, W, r, s
         close(one, other, 1e-9)
 
 
+@pytest.mark.parametrize("geometry", ["paper", "release"])
+def test_what_is_not_finite_stays_in_its_image(geometry):
+    """Red if a coordinate that is not a number crashes, as an index, or spreads over the batch."""
+    attention, x = small_attention(geometry=geometry), random_input(2, 4, 5, 8)
+    expected = attention(x)[1]
+    x[0, 2, 2] = math.nan
+    out = attention(x)
+    assert out[0].isnan().all()
+    close(out[1].detach(), expected.detach(), 1e-12)
+
+
 def test_long_maps_are_attended_a_few_rows_at_a_time(monkeypatch):
     """Red if memory grows with queries times keys, or if the rows of queries are put together
     wrongly: whatever the share, the block's output is the same."""
@@ -603,6 +615,17 @@ def test_variants_have_the_published_size_and_cost(variant, parameters, gmacs):
     assert sum(p.numel() for p in model.parameters()) == parameters
     tolerance = 0.01 if variant != "cifar" else 0.03                # two digits are known
     assert dat.multiply_accumulates(model.config) / 1e9 == pytest.approx(gmacs, rel=tolerance)
+
+
+def test_early_deformable_blocks_cost_what_the_tutorial_says():
+    """Red if the tutorial's cost of other blocks in the first two stages is not the model's."""
+    stages, found = dat.VARIANTS["dat-t"].stages, []
+    for blocks in (("LS", "LS"), ("LS", "LD"), ("LD", "LD")):
+        early = tuple(replace(stage, blocks=b, groups=3 if "D" in b else None)
+                      for stage, b in zip(stages, blocks))
+        config = replace(dat.VARIANTS["dat-t"], stages=early + stages[2:])
+        found.append(round(dat.multiply_accumulates(config) / 1e9, 2))
+    assert found == [4.56, 4.79, 6.68]
 
 
 def test_nano_is_small_and_keeps_the_shape_of_the_paper():
@@ -920,7 +943,7 @@ def test_compiled_gradients_agree_with_eager_at_a_second_size_too():
     torch.manual_seed(0)
     stage = StageConfig(dim=8, heads=2, blocks="SD", window=3, groups=1, stride=2, kernel=3)
     model = DAT(small_config(stages=(stage,)))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     for size in ((16, 16), (13, 18)):
         images, gradients = torch.randn(2, 3, *size), []
         for run in (model, compiled):
@@ -929,6 +952,13 @@ def test_compiled_gradients_agree_with_eager_at_a_second_size_too():
             gradients.append([p.grad.clone() for p in model.parameters()])
         for one, two in zip(*gradients):
             close(one, two, 1e-5)
+    for training in (True, False):
+        model.train(training)
+        compiled(images)
+    with torch.compiler.set_stance("fail_on_recompile"):            # epochs come and go
+        for training in (True, False, True):
+            model.train(training)
+            compiled(torch.randn_like(images))
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
@@ -1248,6 +1278,121 @@ def test_learning_rate_rises_then_falls(steps, share, peak):
         assert rates[0] == pytest.approx(0.001 * peak) and rates[warmup] == pytest.approx(peak)
 
 
+OPERATION = st.sampled_from(range(len(dat.OPERATIONS)))
+
+
+@given(kind=OPERATION, H=st.integers(1, 9), W=st.integers(1, 9), strength=st.floats(-1, 1))
+def test_operations_stay_in_range_and_do_nothing_at_strength_0(kind, H, W, strength):
+    """Red if an operation leaves [0, 1], or is not the identity at strength 0."""
+    images = torch.rand(4, 3, H, W, generator=torch.Generator().manual_seed(H))
+    images = (images * 255).round() / 255
+    kinds, zero = torch.full((4,), kind), torch.zeros(4)
+    close(dat.operate(images, kinds, zero), images, 1e-5)
+    changed = dat.operate(images, kinds, zero + strength)
+    assert changed.shape == images.shape and 0 <= changed.min() and changed.max() <= 1
+
+
+@pytest.mark.parametrize("kind", range(len(dat.OPERATIONS)))
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_operations_do_what_their_names_say(kind, sign):
+    """Red if an operation does nothing, or another's work, or one image changes the next."""
+    generator = torch.Generator().manual_seed(0)
+    images = 0.25 + 0.5 * torch.rand(3, 3, 8, 9, generator=generator)
+    images = (images * 255).round() / 255
+    kinds, strength = torch.full((3,), kind), torch.tensor([0.0, 0.4 * sign, 0.9 * sign])
+    out, name = dat.operate(images, kinds, strength), dat.OPERATIONS[kind]
+    change = (out - images).abs().mean((1, 2, 3))
+    assert change[0] < 1e-5 < change[1] < change[2], name
+    close(dat.operate(images[1:2], kinds[1:2], strength[1:2]), out[1:2], 1e-6)
+    last, centre = out[2], images[2].mean()
+    spread = {"contrast": lambda t: t.mean(0).std(), "colour": lambda t: t.std(dim=0).mean(),
+              "sharpness": lambda t: t.diff(dim=2).abs().mean()}
+    if name == "brightness":
+        assert (last.mean() > centre) == (sign > 0)
+    elif name in spread:
+        assert (spread[name](last) > spread[name](images[2])) == (sign > 0)
+    elif name == "posterise":
+        assert last.unique().numel() < 32
+    elif name == "solarise":
+        close(last, torch.where(images[2] > 0.1, 1 - images[2], images[2]), 1e-6)
+    elif name in ("move_y", "move_x"):                          # 0.27 of the side, content goes on
+        axis = 1 if name == "move_y" else 2
+        lost = last.flip(axis) if sign > 0 else last            # where zeros came in
+        assert lost.select(axis, 0).abs().max() == 0 and last.mean() < centre
+    elif name.startswith("shear"):                              # the middle line stays
+        line = last.select(1 if name == "shear_x" else 2, 0)
+        assert (line - images[2].select(1 if name == "shear_x" else 2, 0)).abs().mean() > 0.01
+    else:
+        close(last[:, 3:5, 4].mean(), images[2][:, 3:5, 4].mean(), 0.2)
+
+
+@given(B=st.integers(1, 5), H=st.integers(1, 9), W=st.integers(1, 9), seed=st.integers(0, 99))
+def test_mixed_labels_follow_the_mixed_pixels(B, H, W, seed):
+    """Red if soft labels do not sum to one, or are not the shares of the pixels mixed in."""
+    torch.manual_seed(seed)
+    level = torch.rand(B)
+    images = level.view(B, 1, 1, 1).expand(B, 3, H, W)          # each image one grey value
+    mixed, soft = dat.mix(images, torch.eye(B))
+    close(soft.sum(1), torch.ones(B), 1e-6)
+    close(mixed.mean((1, 2, 3)), soft @ level, 1e-5)
+    assert (soft >= 0).all() and (soft.count_nonzero(1) <= 2).all()
+
+
+def test_mixing_cuts_boxes_and_blends():
+    """Red if mixup or CutMix is never drawn, or all images of a batch get the same share."""
+    torch.manual_seed(0)
+    images = torch.arange(200.).remainder(2).view(-1, 1, 1, 1).expand(200, 3, 8, 8)
+    mixed, soft = dat.mix(images, torch.eye(200))
+    blended = ((mixed > 0) & (mixed < 1)).flatten(1).any(1)
+    assert 60 < blended.sum() < 140
+    assert len(soft.amax(1).unique()) > 60
+    torch.manual_seed(0)
+    again, _ = dat.mix(images, torch.eye(200))
+    assert torch.equal(mixed, again)
+
+
+@given(share=st.floats(0.01, 1), H=st.integers(4, 20), W=st.integers(4, 20))
+def test_boxes_are_boxes_of_their_share(share, H, W):
+    """Red if a box has holes, the wrong size, or sides swapped."""
+    boxes = dat.random_boxes(torch.full((6,), share), H, W)
+    assert boxes.shape == (6, 1, H, W) and boxes.dtype == torch.bool
+    for box in boxes[:, 0]:
+        rows, columns = box.any(1), box.any(0)
+        assert torch.equal(box, rows[:, None] & columns)
+        for line, n in ((rows, H), (columns, W)):
+            assert line.sum() <= share ** 0.5 * n + 1
+            assert (line.int().diff() > 0).sum() <= 1           # in one piece
+    assert share < 0.9 or boxes.float().mean() > 0.2
+
+
+def test_augmentation_grows_with_the_budget_and_repeats():
+    """Red if a strength does less than it says, changes the images' type or size, or draws from
+    elsewhere than the seed; and if short runs are given the strong augmentation of long ones."""
+    images = torch.randint(1, 256, (64, 3, 12, 10), dtype=torch.uint8)
+    targets = F.one_hot(torch.arange(64) % 5, 5).float()
+    for strength in (0, 1, 2):
+        results = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            results.append(dat.augment(images, targets, strength))
+        (pixels, soft), again = results
+        assert torch.equal(pixels, again[0]) and torch.equal(soft, again[1])
+        assert pixels.dtype == torch.float32 and pixels.shape == images.shape
+        assert 0 <= pixels.min() and pixels.max() <= 1
+        assert torch.equal(soft, targets) == (strength < 2)
+        grid = (pixels * 255 - (pixels * 255).round()).abs().amax((1, 2, 3)) < 1e-3
+        assert grid.all() if strength == 0 else grid.sum() < 40     # whole bytes only if 0
+    assert [dat.augmentation(epochs) for epochs in (1, 29, 30, 99, 100, 300)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_last_tenth_of_a_run_is_not_mixed(tiny, monkeypatch):
+    """Red if mixing goes on to the end, or a strength other than the run's is used."""
+    seen, real = [], dat.augment
+    monkeypatch.setattr(dat, "augment", lambda *a: seen.append(a[2]) or real(*a))
+    run_cli("--train", "cifar10", "--epochs", 10, "--batch-size", 75, "--augment", 2, "--out", "o")
+    assert seen == [2] * 18 + [1] * 2
+
+
 def test_only_matrices_decay():
     """Red if a bias, a norm or a position table (3-D and 5-D) decays, or a parameter is lost."""
     model = DAT(small_config(position="fixed"))
@@ -1314,6 +1459,76 @@ def test_training_learns(tiny, monkeypatch):
     assert float(Path("o/metrics.csv").read_text().split(",")[-2]) > 0.95
 
 
+@pytest.mark.parametrize("stop", [3, 4, 7])
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny, monkeypatch, stop):
+    """Red if anything a step depends on is not in the checkpoint: order, draws, optimiser, rate."""
+    schedule, steps = dat.learning_rate, []
+
+    def spy(step, **kwargs):
+        new = not steps or steps[-1] != step                        # two groups ask for each step
+        steps.extend([step] * new)
+        if new and step == stop and len(steps) == stop + 1:
+            raise OSError("stop here")
+        return schedule(step, **kwargs)
+
+    run = ["--train", "cifar10", "--augment", 2]
+    made = ["--epochs", 2, "--batch-size", 40, "--seed", 5, "--lr", 1e-3]       # 2 times 3 steps
+    assert run_cli(*run, *made, "--out", "whole")[0] == 0
+    monkeypatch.setattr(dat, "learning_rate", spy)
+    assert run_cli(*run, *made, "--out", "parts")[0] == (2 if stop < 6 else 0)
+    code, out, _ = run_cli(*run, "--out", "parts", "--resume")
+    assert code == 0 and (f"from step {stop} on" in out or stop == 7)
+    assert steps == [*range(min(stop, 5) + 1), *range(stop + (stop < 6), 6)]
+    one, other = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    assert [row[:4] for row in one["history"]] == [row[:4] for row in other["history"]]
+    assert [row[0] for row in one["history"]] == [1, 2]
+    for a, b in zip(*(checkpoint["optimizer"]["state"].values() for checkpoint in (one, other))):
+        assert all(torch.equal(a[name], b[name]) for name in ("exp_avg", "exp_avg_sq", "step"))
+    rows = [Path(f"{name}/metrics.csv").read_text().splitlines() for name in ("whole", "parts")]
+    assert [r.rsplit(",", 1)[0] for r in rows[0]] == [r.rsplit(",", 1)[0] for r in rows[1]]
+
+
+def test_resuming_something_else_is_refused_by_name(tiny):
+    """Red if --resume mixes two runs, needs no folder, or starts afresh where nothing is."""
+    made = ["--train", "cifar10", "--epochs", 1, "--batch-size", 50, "--out", "o"]
+    assert run_cli(*made)[0] == 0
+    before = Path("o/last.pt").read_bytes()
+    for arguments, words in ((["--epochs", 3], ("epochs 1", "3")), (["--lr", 5e-4], ("lr", )),
+                             (["--batch-size", 10], ("batch_size 50",)), (["--seed", 1], ("seed",)),
+                             (["--augment", 2], ("augment",)), (["--model", "cifar"], ("cifar",)),
+                             (["--train", "shapes"], ("cifar10", "shapes")),
+                             (["--out", "absent"], ("absent",))):
+        assert_input_error(run_cli(*made[:2], "--out", "o", "--resume", *arguments), *words)
+    assert_input_error(run_cli("--train", "cifar10", "--resume"), "--out")
+    assert_input_error(run_cli("--eval", "cifar10", "--checkpoint", "o/last.pt", "--resume"),
+                       "--train")
+    broken = torch.load("o/last.pt", weights_only=True)
+    torch.save({**broken, "optimizer": {"state": 3}}, "o/last.pt")
+    assert_input_error(run_cli(*made[:2], "--out", "o", "--resume"), "o/last.pt")
+    Path("o/last.pt").write_bytes(before)
+    code, out, _ = run_cli(*made, "--resume")                       # done already: nothing to do
+    assert code == 0 and Path("o/last.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, monkeypatch):
+    """Red if a diverged run goes on, hides where, or overwrites its last good checkpoint."""
+    real = dat.augment
+
+    def poison(images, targets, strength):
+        poison.calls += 1
+        images, targets = real(images, targets, strength)
+        return (images * math.nan if poison.calls == 5 else images), targets
+
+    poison.calls = 0
+    monkeypatch.setattr(dat, "augment", poison)
+    result = run_cli("--train", "cifar10", "--epochs", 9, "--batch-size", 50, "--out", "o")
+    assert_input_error(result, "step 5", "rate 0.00", "norm nan", "o/last.pt")
+    checkpoint = torch.load("o/last.pt", weights_only=True)
+    assert checkpoint["step"] == 3                                  # the first epoch's end
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_usable_checkpoint(tiny, number):
     """Red if Ctrl-C loses the run, leaves a half-written file, or exits as if all were well."""
@@ -1357,6 +1572,37 @@ def test_an_error_between_epochs_leaves_a_checkpoint_of_its_step(tiny, monkeypat
     assert torch.load("o/last.pt", weights_only=True)["step"] == 5
 
 
+def test_a_killed_run_is_resumed_as_if_nothing_had_been(tiny):
+    """Red if kill -9 at a random moment leaves a checkpoint that cannot be read or resumed, or if
+    the resumed run ends elsewhere than an undisturbed one."""
+    code = ("import sys, dat, test_dat as test; "
+            "dat.VARIANTS['cifar-nano'] = test.small_config(patch=4); "
+            "sys.exit(dat.main(['--train', 'cifar10', '--device', 'cpu', *sys.argv[1:]]))")
+    made = ["--epochs", "40", "--batch-size", "30"]
+    run = [sys.executable, "-c", code, "--out"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    subprocess.run([*run, "whole", *made], check=True, capture_output=True, env=environment)
+    generator = np.random.default_rng(0)
+    for attempt in range(3):
+        process = subprocess.Popen([*run, "o", *(["--resume"] if attempt else made)], text=True,
+                                   stdout=subprocess.PIPE, env=environment)
+        line = "started"
+        while line and "test accuracy" not in line:                 # an epoch is done, then ..
+            line = process.stdout.readline()
+        time.sleep(generator.uniform(0, 0.3))                       # .. in the middle of anything
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        _, checkpoint = dat.load_checkpoint("o/last.pt", "step")
+        assert 0 < checkpoint["step"] < 200
+    subprocess.run([*run, "o", "--resume"], check=True, capture_output=True, env=environment)
+    one, other = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "o"))
+    assert other["step"] == 200 and [row[:4] for row in one["history"]] == [
+        row[:4] for row in other["history"]]
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    assert sorted(p.name for p in Path("o").iterdir()) == ["last.pt", "metrics.csv"]
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     """Red if a checkpoint is written in place: a full disk would destroy the one before."""
     target = tmp_path / "last.pt"
@@ -1394,6 +1640,45 @@ def test_checkpoints_of_strangers_run_nothing_and_end_in_one_line(tiny):
                        ("absent.pt", "No such file"), ("classes.pt", "5 classes")):
         assert_input_error(run_cli("--eval", "cifar10", "--checkpoint", file), file, word)
     assert not Path("pwned").exists()
+
+
+@pytest.fixture(scope="module")
+def saved_bytes():
+    model, file = DAT(small_config()), io.BytesIO()
+    torch.save({"config": asdict(model.config), "model": model.state_dict()}, file)
+    return file.getvalue()
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_damaged_checkpoint_is_an_input_error_or_loads(saved_bytes, tmp_path_factory, data):
+    """Red if random edits, cuts or noise end in anything but one clear error or a whole model."""
+    content = bytearray(saved_bytes)
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[:data.draw(st.sampled_from([len(content), len(content) // 2, 40]))]
+    path = tmp_path_factory.getbasetemp() / "damaged.pt"
+    path.write_bytes(content)
+    try:
+        model, _ = dat.load_checkpoint(str(path))
+        assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
+    except dat.InputError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+
+
+def test_a_huge_declared_model_is_refused_without_building_it(tmp_path, monkeypatch):
+    """Red if a small file can make the program reserve terabytes, or a half one is not read."""
+    model = DAT(small_config())
+    config = asdict(model.config)
+    config["stages"][0]["dim"] = 2 ** 25
+    torch.save({"config": config, "model": model.state_dict()}, tmp_path / "huge.pt")
+    with pytest.raises(dat.InputError, match="size mismatch"):
+        dat.load_checkpoint(str(tmp_path / "huge.pt"))
+    torch.save({"config": asdict(model.config), "model": model.half().state_dict()},
+               tmp_path / "half.pt")
+    loaded, _ = dat.load_checkpoint(str(tmp_path / "half.pt"))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in loaded.parameters())
 
 
 # ============================================================ pictures
@@ -1602,6 +1887,30 @@ def test_runs_of_the_same_name_are_numbered(tiny):
                                                               "cifar10-cifar-nano-2"]
 
 
+def test_summary_adds_up():
+    """Red if stages are left out of the table, or a figure is not the model's own."""
+    code, out, _ = run_cli("--summary", "--model", "dat-s")
+    assert code == 0 and "49,700,402" in out and "8.959" in out and "paper: 9.0 G" in out
+    stages = [line.split() for line in out.splitlines()[2:6]]
+    assert [row[1] for row in stages] == ["56", "28", "14", "7"]
+    head = 768 * 1000 + 1000 + 2 * 768                              # and the last norm
+    assert sum(int(row[-2].replace(",", "")) for row in stages) + head == 49_700_402
+    assert abs(sum(int(row[-1].replace(",", "")) for row in stages) - 8_960) < 10
+    code, out, _ = run_cli("--summary", "--model", "cifar", "--image-size", 40)
+    assert code == 0 and "40 x 40" in out and "paper" not in out
+
+
+def test_benchmark_reports_every_figure(tiny):
+    """Red if --bench leaves out a row or a unit, or fails on a device, a size or a batch."""
+    code, out, _ = run_cli("--bench", "--model", "cifar-nano", "--batch-size", 3, "--image-size",
+                           20, "--device", "cpu")
+    assert code == 0, out
+    for word in ("batch 3, 20 px", "CPU", "float32", torch.__version__, "inference", "ceiling",
+                 "training step", "images/s", "TFLOP/s", "GiB", "L ", "S ", "D ", "head", "stem"):
+        assert word in out, word
+    assert_input_error(run_cli("--train", "cifar10", "--image-size", 20), "--image-size")
+
+
 def test_files_that_cannot_be_written_or_read_are_one_line(tiny):
     """Red if an operating system error reaches the user as a traceback."""
     Path("file").write_text("")
@@ -1620,7 +1929,7 @@ def test_an_existing_run_is_not_overwritten(tiny):
 def test_without_arguments_the_help_names_the_offline_start():
     """Red if a newcomer is not told of the run that needs no download."""
     code, out, err = run_cli()
-    assert code == 0 and err == "" and "--train shapes" in out and len(out.splitlines()) < 40
+    assert code == 0 and err == "" and "--train shapes" in out and len(out.splitlines()) < 45
 
 
 def test_importing_does_nothing():

@@ -98,7 +98,27 @@ def sampling(path):
     figure.savefig(path, dpi=80)
 
 
+def augmentation(path):
+    """Six images of `shapes`: as they are, after each operation at full strength, erased, mixed."""
+    images = dat.make_shapes(6, seed=0)[0] / 255
+    rows = [("as they are", images)]
+    for kind, name in enumerate(dat.OPERATIONS):
+        strength = torch.tensor([-1, -0.6, -0.3, 0.3, 0.6, 1])
+        rows.append((name, dat.operate(images, torch.full((6,), kind), strength)))
+    torch.manual_seed(0)
+    rows.append(("strength 0", dat.augment((images * 255).byte(), torch.eye(6), 0)[0]))
+    rows.append(("strength 1", dat.augment((images * 255).byte(), torch.eye(6), 1)[0]))
+    rows.append(("strength 2", dat.augment((images * 255).byte(), torch.eye(6), 2)[0]))
+    figure, axes = plt.subplots(5, 3, figsize=(13, 5.2), layout="constrained")
+    for axis, (name, batch) in zip(axes.flat, rows):
+        axis.imshow(torch.cat(list(batch.permute(0, 2, 3, 1)), dim=1))
+        axis.set_title(name, fontsize=9)
+        axis.set_axis_off()
+    figure.savefig(path, dpi=80)
+
+
 if __name__ == "__main__":
+    augmentation(HERE / "augmentation.png")
     keys(HERE / "keys.png")
     sampling(HERE / "sampling.png")
     geometries(HERE / "geometry.png")
