@@ -91,7 +91,7 @@ def _check(condition: object, message: str) -> None:
 CHOICES = {"stem": ("patch", "conv"), "geometry": ("paper", "release"), "offsets": (True, False),
            "position": ("relative", "fixed", "none")}
 CONV_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}                # patch -> strides of the two 3x3
-SCORES = 2 ** 24            # query-key pairs of an image's heads at a time, so memory stays bounded
+SCORES = 2 ** 24            # of an image's attention at a time: bounds the memory of inference
 
 
 def _check_fields(config: object, *, integers: str = "", choices: str = "") -> None:
@@ -278,20 +278,19 @@ def sample_pieces(table: Tensor, start: Tensor, size: tuple[int, int]) -> Tensor
     Every entry of a piece lies the same way between entries of the table, so the piece is one mix
     of the four pieces that begin around `start`, with four weights.
     Shape: (G, M, Y, X), (B, G, K, 2), size (h, w) -> (B, G, K, M, h, w), M the tables of a group.
-    Units: start (y, x) in entries, from 0 to Y - h, X - w.
+    Units: start (y, x) in entries, from 0 to Y - h > 0 and X - w > 0.
     """
     (G, M), (h, w) = table.shape[:2], size
     pieces = table.unfold(2, h, 1).unfold(3, w, 1)              # (G, M, Y - h + 1, X - w + 1, h, w)
     rows, columns = pieces.shape[2:4]
     pieces = pieces.movedim(1, 3).reshape(G * rows * columns, M * h * w)
-    last = start.new_tensor([rows - 1, columns - 1])
-    start = start.clamp(min=0).minimum(last)
-    low = start.detach().floor().nan_to_num().minimum(last - 1)             # nan: in weights only
-    fy, fx = (start - low).unbind(-1)                           # (B, G, K)
+    start = [start[..., i].clamp(0, n - 1) for i, n in enumerate((rows, columns))]      # (B, G, K)
+    y, x = (at.detach().floor().nan_to_num().clamp(max=n - 2)   # not a number: in the weights only
+            for at, n in zip(start, (rows, columns)))
+    fy, fx = start[0] - y, start[1] - x
     weights = torch.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], dim=-1)
-    y, x = low.long().unbind(-1)
-    index = (torch.arange(G, device=y.device)[:, None] * rows + y) * columns + x
-    index = index[..., None] + torch.tensor([0, 1, columns, columns + 1], device=y.device)
+    corner = (torch.arange(G, device=y.device)[:, None] * rows + y.long()) * columns + x.long()
+    index = torch.stack([corner, corner + 1, corner + columns, corner + columns + 1], dim=-1)
     mixed = F.embedding_bag(index.flatten(0, 2), pieces, mode="sum",
                             per_sample_weights=weights.flatten(0, 2))
     return mixed.view(*y.shape, M, h, w)
@@ -503,7 +502,8 @@ class DeformableAttention(nn.Module):
             return reference.expand(B, G, Hk, Wk, 2)
         grouped = q.unflatten(3, (G, -1)).movedim(3, 1)         # (B, G, H, W, C / G)
         raw = self.offset(grouped.flatten(0, 1)).to(like.dtype).view(B, G, Hk, Wk, 2)
-        return reference + raw.tanh() * like.new_tensor(self.reach(H, W))
+        offset = [reach * raw[..., i].tanh() for i, reach in enumerate(self.reach(H, W))]
+        return reference + torch.stack(offset, dim=-1)
 
     def position_bias(self, points: Tensor, size: tuple[int, int],
                       rows: tuple[int, int] | None = None) -> Tensor | None:
@@ -523,17 +523,18 @@ class DeformableAttention(nn.Module):
             table = resize(table, (H, W))[..., first:end, :]
             return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]
         table = resize(table, (2 * H - 1, 2 * W - 1)).unflatten(0, (G, -1))
-        centre = points.new_tensor([H - 1, W - 1])
         if self.geometry == "paper":                            # queries stand on whole pixels:
-            margin = int(self.offset_range / 2 * self.stride) + 1           # beyond reach
+            margin = int(min(self.offset_range / 2 * self.stride, H + W)) + 1       # beyond reach
             y, x = min(margin, H), min(margin, W)
             table = F.pad(table, (x, x, y, y))                  # .. what they read of it is a piece
             table = table[:, :, first:table.shape[2] - (H - end)]
-            start = centre + centre.new_tensor([y, x]) - points.flatten(2, 3)
-            bias = sample_pieces(table, start, (end - first, W))            # (B, G, K, M / G, h, W)
-            return bias.flatten(4).permute(0, 1, 3, 4, 2).flatten(1, 2)
-        y, x = (cell_centres(n, n, geometry=self.geometry, like=points) for n in (H, W))
-        queries = torch.cartesian_prod(y[first:end], x) + centre            # (N, 2)
+            start = [n - 1 + pad - points[..., i].flatten(2)
+                     for i, (n, pad) in enumerate(((H, y), (W, x)))]
+            bias = sample_pieces(table, torch.stack(start, dim=-1), (end - first, W))
+            bias = bias.flatten(4).permute(0, 1, 3, 4, 2)       # (B, G, M / G, N, K)
+            return bias.flatten(1, 2).contiguous()
+        y, x = (cell_centres(n, n, geometry=self.geometry, like=points) + n - 1 for n in (H, W))
+        queries = torch.cartesian_prod(y[first:end], x)         # (N, 2)
         keys = points.transpose(0, 1).reshape(G, B, 1, Hk * Wk, 2)
         index = queries[:, None] - keys                         # (G, B, N, K, 2)
         bias = bilinear_sample(table, index.flatten(1, 2))      # (G, M / G, B N, K)
@@ -994,7 +995,7 @@ def operate(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
     """OPERATIONS[kind] on each image: strength 0 changes nothing, -1 and 1 are the extremes.
 
     Source: RandAugment (Cubuk et al., 2020), in one batch.
-    Shape: images (B, 3, H, W) in [0, 1], kind (B,) int64, strength (B,) in [-1, 1] -> the same.
+    Shape: images (B, 3, H, W), 255ths in [0, 1], kind (B,) int64, strength (B,) in [-1, 1] -> same.
     """
     (B, _, H, W), device, m = images.shape, images.device, strength.view(-1, 1, 1, 1)
     grey = images.mean(dim=1, keepdim=True)
@@ -1130,10 +1131,16 @@ def load_checkpoint(path: str, *keys: str) -> tuple[DAT, dict]:
         missing = {"config", "model", *keys} - checkpoint.keys()
         _check(not missing, f"it lacks {', '.join(sorted(missing))} (the authors' weights: "
                "load_official)")
-        with torch.device("meta"):                              # shapes first, memory when they fit
-            model = DAT(DATConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"], assign=True)
-        model.float()
+        config, state = DATConfig(**checkpoint["config"]), dict(checkpoint["model"])
+        with torch.device("meta"):                              # do shapes fit? memory comes later
+            shapes = {name: tensor.shape for name, tensor in DAT(config).state_dict().items()}
+        wrong = sorted(name for name in shapes.keys() | state.keys() if name not in state
+                       or name not in shapes or state[name].shape != shapes[name])
+        _check(not wrong, f"missing, unknown or of another shape are {', '.join(wrong)}")
+        _check(sum(tensor.nbytes for tensor in state.values()) <= Path(path).stat().st_size,
+               "it declares more numbers than it holds")
+        model = DAT(config)
+        model.load_state_dict(state)
     except Exception as error:                                  # a stranger's file can raise any
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, (pickle.UnpicklingError, EOFError, IndexError)):
@@ -1178,14 +1185,38 @@ def resume(args: argparse.Namespace) -> tuple[DAT, dict]:
     """The checkpoint in --out to go on from; a flag that contradicts it is refused by name."""
     _check(args.out, "--resume needs --out DIR, the folder of the run to go on with")
     path = f"{args.out}/last.pt"
-    model, run = load_checkpoint(path, "optimizer", "step", "loss", "history", "dataset", *FLAGS)
+    model, run = load_checkpoint(path, "optimizer", "step", "loss", "history", "dataset", "images",
+                                 *FLAGS)
+    whole = [run[name] for name in ("epochs", "batch_size", "seed", "augment", "step", "images")]
+    _check(all(type(n) is int and 0 <= n < 2 ** 31 for n in whole) and all(whole[:2])
+           and run["augment"] < 3 and all(type(run[name]) is float and 0 <= run[name] < math.inf
+                                          for name in ("lr", "loss"))
+           and type(run["history"]) is list
+           and all(type(row) is tuple and len(row) == 5 for row in run["history"]),
+           f"{path} describes no run that can go on")
     for name, given in (("dataset", args.train), *((flag, getattr(args, flag)) for flag in FLAGS)):
         _check(given is None or given == run[name], f"{path} has {name} {run[name]}, not {given}: "
                "leave that flag out, or start another run without --resume")
     same = replace(VARIANTS[args.model or "dat-t"], classes=model.config.classes,
                    image_size=model.config.image_size)
     _check(args.model is None or same == model.config, f"{path} has no {args.model} in it")
+    del run["model"]
     return model, run
+
+
+def load_moments(optimizer: torch.optim.AdamW, saved: object, step: int) -> None:
+    """Puts the moments of a saved AdamW into a new one; nothing else is taken from the file."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        for i, parameter in enumerate(parameters if step else ()):
+            moments = {name: saved["state"][i][name] for name in ("exp_avg", "exp_avg_sq")}
+            assert all(moment.shape == parameter.shape for moment in moments.values())
+            optimizer.state[parameter] = {
+                "step": torch.full((), float(step), device=parameter.device),
+                **{name: torch.empty_like(parameter, requires_grad=False).copy_(moment)
+                   for name, moment in moments.items()}}
+    except Exception as error:                                  # a stranger's file can raise any
+        raise InputError(f"last.pt: not this model's optimizer ({type(error).__name__})") from None
 
 
 def train(args: argparse.Namespace) -> int:
@@ -1201,7 +1232,7 @@ def train(args: argparse.Namespace) -> int:
         name = args.model or name
         run = {flag: default if getattr(args, flag) is None else getattr(args, flag)
                for flag, default in zip(FLAGS, (*recipe, 0, None))}
-        run |= {"dataset": args.train, "step": 0, "loss": 0.0, "history": [],
+        run |= {"dataset": args.train, "images": len(images), "step": 0, "loss": 0.0, "history": [],
                 "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu()}
         if run["augment"] is None:
             run["augment"] = augmentation(run["epochs"])
@@ -1212,17 +1243,17 @@ def train(args: argparse.Namespace) -> int:
     per_epoch = len(images) // batch_size                       # a last, smaller batch is left out
     _check(per_epoch, f"--batch-size {batch_size} is more than the {len(images)} images there are")
     steps = epochs * per_epoch
+    _check(model.config.classes == classes and run["images"] == len(images) and step <= steps,
+           f"{args.out}/last.pt was trained on {run['images']:,} images of {model.config.classes} "
+           f"classes, not on these {len(images):,} of {classes}")
     warmup = max(steps // 20, min(50, steps // 4))              # less leaves short runs at chance
     model = model.to(device)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=peak, fused=True)
     if args.resume:
-        try:
-            optimizer.load_state_dict(run["optimizer"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{args.out}/last.pt: not this model's optimizer: {error}") from None
+        load_moments(optimizer, run.pop("optimizer"), step)
         out = Path(args.out)
-        for part in out.glob("*.part"):                         # of a run that was killed
+        for part in out.glob("last.pt.*.part"):                 # of a run that was killed
             part.unlink()
     else:
         out = make_folder(args.out, f"runs/{args.train}-{name}")
@@ -1234,16 +1265,18 @@ def train(args: argparse.Namespace) -> int:
           "(flags: --model --epochs --batch-size --lr --augment --device --out)")
     saved, first, start = step, step, time.monotonic()
     before = history[-1][-1] if history else 0.0                # seconds of the runs before
-    shown, bad = start, torch.zeros((), dtype=torch.int64, device=device)
+    shown, torn = start, False                                  # torn: within an update
+    bad = torch.zeros(3, device=device)                         # first bad step, its loss and norm
 
     def save() -> None:
         """Writes last.pt and metrics.csv; seed and step are the generators' whole state."""
         nonlocal saved
         saved = step                                            # what fails once is not tried again
-        if bad:
-            raise InputError(f"step {int(bad)}, rate {group['lr']:g}: loss {loss.item():g} and "
-                             f"gradient norm {norm.item():g}, not finite; stopped, {out}/last.pt "
-                             "is as it was")
+        number, loss, norm = bad.tolist()
+        if number:
+            raise InputError(f"step {number:.0f}, learning rate {rate(int(number) - 1):g}: loss "
+                             f"{loss:g} and gradient norm {norm:g} are not finite; {out}/last.pt "
+                             "is left as it was")
         file = io.BytesIO()
         torch.save({**run, "config": asdict(model.config), "model": model.state_dict(),
                     "step": step, "optimizer": optimizer.state_dict(), "loss": float(loss_sum)},
@@ -1253,20 +1286,30 @@ def train(args: argparse.Namespace) -> int:
         write_atomically(out / "last.pt", lambda path: path.write_bytes(file.getbuffer()))
         write_atomically(out / "metrics.csv", lambda path: path.write_text(text))
 
+    def rate(step: int) -> float:
+        return learning_rate(step, steps=steps, warmup=warmup, peak=peak)
+
     with catch_signals() as caught, contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(lambda: step == saved or save())    # also when an error ends the loop
-        if not args.resume:
-            save()                                              # what is killed can be resumed
-        while step < steps and not caught:
+        at_the_end.callback(lambda: step == saved or torn or save())        # also after an error
+        save()                                                  # what is killed can be resumed
+        while True:
             epoch, position = divmod(step, per_epoch)
+            if position == 0 and len(history) < epoch and not caught and not bad[0]:
+                accuracy = evaluate(model, data)                # not compiled, as --eval does it
+                history.append((epoch, step, float(loss_sum) / per_epoch, accuracy,
+                                before + time.monotonic() - start))
+                print(f"epoch {epoch}/{epochs}  test accuracy {accuracy:.2%}", flush=True)
+                save()
+            if step == steps or caught or position % 10 == 0 and bad[0]:
+                break
             if position == 0 or step == first:                  # the same order for a resumed epoch
-                draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch + 2 ** 60)
                 order = torch.randperm(len(images), generator=draws).to(device)
                 loss_sum = 0.0 if position == 0 else loss_sum
                 model.train()
             torch.manual_seed(seed * 1_000_003 + step)          # all draws of a step follow from it
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps=steps, warmup=warmup, peak=peak)
+                group["lr"] = rate(step)
             batch = order[position * batch_size:(position + 1) * batch_size]
             pixels, targets = augment(images[batch], F.one_hot(labels[batch], classes).float(),
                                       strength if step < 0.9 * steps else min(strength, 1))
@@ -1276,25 +1319,19 @@ def train(args: argparse.Namespace) -> int:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            torn = True
             optimizer.step()
-            step, loss_sum = step + 1, loss_sum + loss.detach().double()
-            bad = torch.where((bad == 0) & ~norm.isfinite(), step, bad)
+            step, loss_sum, torn = step + 1, loss_sum + loss.detach(), False
+            found = torch.stack([torch.full_like(norm, step), loss.detach(), norm])
+            bad = torch.where((bad[0] == 0) & ~norm.isfinite(), found, bad)
 
-            now, epoch_ends = time.monotonic(), step % per_epoch == 0
-            if step % 10 == 0 and bad:
-                break
-            if epoch_ends or now - shown > 10:
+            now = time.monotonic()
+            if step % per_epoch == 0 or now - shown > 10:
                 shown, speed = now, (step - first) / (now - start)
                 accuracy = (logits.argmax(dim=1) == labels[batch]).float().mean().item()
                 print(f"epoch {epoch + 1}/{epochs}  step {step}/{steps}  loss {loss.item():.3f}  "
                       f"batch accuracy {accuracy:.1%}  {speed * batch_size:,.0f} images/s  "
                       f"{(steps - step) / speed:.0f} s left", flush=True)
-            if epoch_ends and not bad:
-                accuracy = evaluate(model, data)                # not compiled, as --eval does it
-                history.append((epoch + 1, step, float(loss_sum) / per_epoch, accuracy,
-                                before + time.monotonic() - start))
-                print(f"epoch {epoch + 1}/{epochs}  test accuracy {accuracy:.2%}", flush=True)
-                save()
     if caught:
         print(f"signal {caught[0]}: stopped after step {step}, saved in {out}/last.pt")
     return 128 + caught[0] if caught else 0
@@ -1341,13 +1378,15 @@ def read_image(source: str, config: DATConfig, data: str | None = None) -> Tenso
         _check(index.isdecimal() and len(index) < 10 and int(index) < len(images),
                f"{source}: expected {name}: and an index from 0 to {len(images) - 1}")
         return images[int(index)][None]
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
     height, width = _pair("image_size", config.image_size)
     try:
         image = ImageOps.exif_transpose(Image.open(source))
         _check(image.mode[0] not in "IF", f"{source} has {image.mode} pixels, expected 8 bits")
         image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{source} cannot be read as an image: {error}") from None
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
         1, height, width, 3).permute(0, 3, 1, 2)
@@ -1365,7 +1404,7 @@ def draw(image: Tensor, views: list[SimpleNamespace], *, title: str = "",
     from matplotlib.figure import Figure
     colours, sides = colormaps["tab10"].colors, torch.tensor(image.shape[1:])
     figure = Figure(figsize=(13, 4.4 * len(views) + 0.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title.replace("$", r"\$"))
 
     def scatter(axis, points: Tensor, size: Tensor | float, **style: object) -> None:
         size = size.numpy() if isinstance(size, Tensor) else size
@@ -1499,6 +1538,7 @@ def benchmark(args: argparse.Namespace) -> int:
     """--bench: speed, memory and where the time goes, against a large matrix product."""
     device, name = choose_device(args.device), args.model or "dat-t"
     cuda = device.type == "cuda"
+    _check(device.type != "mps", "--bench measures cpu and cuda, not mps")
     B, size = args.batch_size or (128 if cuda else 8), args.image_size or VARIANTS[name].image_size
     torch.manual_seed(args.seed or 0)
     model = build(name, image_size=size).to(device)
@@ -1582,7 +1622,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (python dat.py --help lists the flags)")
 
 
-def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
+def _number(kind: type, low: float, high: float = 2 ** 31) -> Callable[[str], int | float]:
     def parse(text: str) -> int | float:
         value = kind(text)
         if not low <= value < high:
@@ -1698,8 +1738,13 @@ def main(arguments: list[str] | None = None) -> int:
             return evaluate_checkpoint(args)
         if args.draw is not None:
             return draw_checkpoint(args)
-        if args.summary or args.bench:
-            return (summarise if args.summary else benchmark)(args)
+        if args.summary:
+            return summarise(args)
+        if args.bench:
+            try:
+                return benchmark(args)
+            except RuntimeError as error:                       # most of all: out of memory
+                raise InputError(f"--bench: {str(error).splitlines()[0]}") from None
         _check(not (sys.argv[1:] if arguments is None else arguments),
                "nothing to do: give --train, --eval, --draw, --summary or --bench")
         parser.print_help()

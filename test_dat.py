@@ -888,6 +888,7 @@ def test_attention_never_runs_on_cudnn(monkeypatch):
 
     def spy(*args, **kwargs):
         seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        assert kwargs["attn_mask"].stride(-1) == 1                  # or no fused kernel takes it
         assert args[0].dtype == kwargs["attn_mask"].dtype and kwargs["attn_mask"].ndim == 4
         return real(*args, **kwargs)
 
@@ -897,6 +898,8 @@ def test_attention_never_runs_on_cudnn(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         DAT(small_config())(torch.randn(1, 3, 16, 16))
     assert len(seen) == 5 and not any(seen)
+    for groups in (1, 2, 4):                                        # of four heads
+        small_attention(groups=groups)(random_input(2, 4, 5, 8))
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
@@ -1322,8 +1325,13 @@ def test_operations_do_what_their_names_say(kind, sign):
     elif name.startswith("shear"):                              # the middle line stays
         line = last.select(1 if name == "shear_x" else 2, 0)
         assert (line - images[2].select(1 if name == "shear_x" else 2, 0)).abs().mean() > 0.01
-    else:
-        close(last[:, 3:5, 4].mean(), images[2][:, 3:5, 4].mean(), 0.2)
+    else:                                                       # a pixel keeps its distance
+        dot = torch.zeros(1, 3, 21, 21)
+        dot[..., 10, 18] = 1
+        turned = dat.operate(dot, kinds[:1], strength[2:])[0, 0]
+        y, x = ((turned * where).sum() / turned.sum() - 10 for where in torch.meshgrid(
+            torch.arange(21.), torch.arange(21.), indexing="ij"))
+        assert abs(math.hypot(y, x) - 8) < 0.3 and 3 < sign * y < 5
 
 
 @given(B=st.integers(1, 5), H=st.integers(1, 9), W=st.integers(1, 9), seed=st.integers(0, 99))
@@ -1382,6 +1390,13 @@ def test_augmentation_grows_with_the_budget_and_repeats():
         assert torch.equal(soft, targets) == (strength < 2)
         grid = (pixels * 255 - (pixels * 255).round()).abs().amax((1, 2, 3)) < 1e-3
         assert grid.all() if strength == 0 else grid.sum() < 40     # whole bytes only if 0
+    torch.manual_seed(0)
+    flat = torch.full((400, 3, 16, 16), 128, dtype=torch.uint8)
+    pixels, _ = dat.augment(flat, torch.zeros(400, 5), 1)
+    inner = pixels[:, :, 6:10, 6:10]                                # away from what comes in
+    noisy = inner.diff(dim=3).abs().amax((1, 2, 3)) > 0.05
+    assert 20 < noisy.sum() < 160                                   # erased: some, not all
+    assert len(inner[~noisy].mean((1, 2, 3)).unique()) > 50         # an operation for each
     assert [dat.augmentation(epochs) for epochs in (1, 29, 30, 99, 100, 300)] == [0, 0, 1, 1, 2, 2]
 
 
@@ -1503,12 +1518,67 @@ def test_resuming_something_else_is_refused_by_name(tiny):
     assert_input_error(run_cli("--train", "cifar10", "--resume"), "--out")
     assert_input_error(run_cli("--eval", "cifar10", "--checkpoint", "o/last.pt", "--resume"),
                        "--train")
-    broken = torch.load("o/last.pt", weights_only=True)
-    torch.save({**broken, "optimizer": {"state": 3}}, "o/last.pt")
-    assert_input_error(run_cli(*made[:2], "--out", "o", "--resume"), "o/last.pt")
+    kept = torch.load("o/last.pt", weights_only=True)
+    state = kept["optimizer"]["state"]
+    for changes, word in (
+            ({"optimizer": {"state": 3}}, "optimizer"), ({"optimizer": 5}, "optimizer"),
+            ({"optimizer": {"state": {**state, 0: {"exp_avg": torch.zeros(1)}}}}, "optimizer"),
+            ({"optimizer": {"state": {i: {**m, "exp_avg": torch.zeros(1)}
+                                      for i, m in state.items()}}}, "optimizer"),
+            ({"epochs": "abc"}, "no run"), ({"step": -5}, "no run"), ({"step": 10 ** 6}, "images"),
+            ({"batch_size": 0}, "no run"), ({"lr": math.nan}, "no run"),
+            ({"seed": 2 ** 70}, "no run"),
+            ({"augment": None}, "no run"), ({"history": [1]}, "no run"), ({"loss": "x"}, "no run"),
+            ({"images": 149}, "149 images"), ({"history": 5}, "no run")):
+        torch.save({**kept, **changes}, "o/last.pt")
+        assert_input_error(run_cli(*made[:2], "--out", "o", "--resume"), word)
     Path("o/last.pt").write_bytes(before)
-    code, out, _ = run_cli(*made, "--resume")                       # done already: nothing to do
-    assert code == 0 and Path("o/last.pt").read_bytes() == before
+    Path("o/metrics.csv").unlink()
+    code, out, _ = run_cli(*made, "--resume")                       # done already
+    assert code == 0 and len(Path("o/metrics.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("moment", ["evaluate", "update"])
+def test_an_interruption_at_a_bad_moment_loses_nothing(tiny, monkeypatch, moment):
+    """Red if a run interrupted in the test after an epoch loses the epoch's row, or one
+    interrupted within an update saves weights of half a step."""
+    made = ["--train", "cifar10", "--epochs", 2, "--batch-size", 50]
+    assert run_cli(*made, "--out", "whole")[0] == 0
+    if moment == "evaluate":
+        calls, real = [], dat.evaluate
+        patch = (dat, "evaluate", lambda *a: calls.append(1) or (
+            real(*a) if len(calls) != 2 else exec("raise KeyboardInterrupt")))
+    else:
+        calls, real = [], torch.optim.AdamW.step
+
+        def update(self):
+            real(self)
+            calls.append(1)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+
+        patch = (torch.optim.AdamW, "step", update)
+    with monkeypatch.context() as context:
+        context.setattr(*patch)
+        assert run_cli(*made, "--out", "parts")[0] == 130
+    assert run_cli("--train", "cifar10", "--out", "parts", "--resume")[0] == 0
+    one, other = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    assert [row[:4] for row in one["history"]] == [row[:4] for row in other["history"]]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_once(tiny, monkeypatch):
+    """Red if a full disk is met again and again, or hidden."""
+    calls = []
+
+    def full(path, write):
+        calls.append(path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dat, "write_atomically", full)
+    made = ["--train", "cifar10", "--epochs", 1, "--batch-size", 50]
+    assert_input_error(run_cli(*made, "--out", "o"), "No space left")
+    assert len(calls) == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, monkeypatch):
@@ -1523,7 +1593,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, monkeypatch):
     poison.calls = 0
     monkeypatch.setattr(dat, "augment", poison)
     result = run_cli("--train", "cifar10", "--epochs", 9, "--batch-size", 50, "--out", "o")
-    assert_input_error(result, "step 5", "rate 0.00", "norm nan", "o/last.pt")
+    rate = dat.learning_rate(4, steps=27, warmup=6, peak=2e-3)
+    assert_input_error(result, f"step 5, learning rate {rate:g}", "norm nan", "o/last.pt")
     checkpoint = torch.load("o/last.pt", weights_only=True)
     assert checkpoint["step"] == 3                                  # the first epoch's end
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
@@ -1635,7 +1706,7 @@ def test_checkpoints_of_strangers_run_nothing_and_end_in_one_line(tiny):
     model = DAT(small_config())
     torch.save({"config": asdict(model.config), "model": model.state_dict()}, "classes.pt")
     for file, word in (("pickle.pt", "plain values"), ("other.pt", "config"), ("noise.pt", ""),
-                       ("tensor.pt", "holds a Tensor"), ("empty.pt", "Missing key"),
+                       ("tensor.pt", "holds a Tensor"), ("empty.pt", "missing, unknown"),
                        ("config.pt", "stages"),
                        ("absent.pt", "No such file"), ("classes.pt", "5 classes")):
         assert_input_error(run_cli("--eval", "cifar10", "--checkpoint", file), file, word)
@@ -1672,8 +1743,19 @@ def test_a_huge_declared_model_is_refused_without_building_it(tmp_path, monkeypa
     config = asdict(model.config)
     config["stages"][0]["dim"] = 2 ** 25
     torch.save({"config": config, "model": model.state_dict()}, tmp_path / "huge.pt")
-    with pytest.raises(dat.InputError, match="size mismatch"):
+    with pytest.raises(dat.InputError, match="another shape"):
         dat.load_checkpoint(str(tmp_path / "huge.pt"))
+    good = model.state_dict()
+    weight = good["head.weight"]
+    for odd in (torch.zeros(1, 1).expand_as(weight), torch.empty_like(weight, device="meta"),
+                weight.to_sparse(), [1]):
+        torch.save({"config": asdict(model.config), "model": {**good, "head.weight": odd}},
+                   tmp_path / "odd.pt")
+        try:
+            loaded, _ = dat.load_checkpoint(str(tmp_path / "odd.pt"))
+        except dat.InputError:
+            continue
+        assert loaded.head.weight.is_contiguous() and loaded.head.weight.device.type == "cpu"
     torch.save({"config": asdict(model.config), "model": model.half().state_dict()},
                tmp_path / "half.pt")
     loaded, _ = dat.load_checkpoint(str(tmp_path / "half.pt"))
@@ -1741,7 +1823,7 @@ def test_draw_makes_one_picture_of_files_and_test_images(checkpoint):
     (["cifar10:0", "--query", "nan,1"], "nan"), (["cifar10:0", "--out", "."], ".png"),
     (["cifar10:0", "--out", "absent/p.png"], "absent"), (["cifar10:" + "9" * 5000], "63"),
     (["cifar10:0", "--out", "p.jpg"], "p.jpg"), (["shapes:0"], "trained on cifar10"),
-    (["deep.png"], "8 bits")])
+    (["deep.png"], "8 bits"), (["a$x_$.png"], "a$x_$.png")])
 def test_draw_rejects_what_it_cannot_show(checkpoint, arguments, word):
     """Red if bad input gives a traceback or leaves a picture."""
     from PIL import Image
@@ -1909,6 +1991,7 @@ def test_benchmark_reports_every_figure(tiny):
                  "training step", "images/s", "TFLOP/s", "GiB", "L ", "S ", "D ", "head", "stem"):
         assert word in out, word
     assert_input_error(run_cli("--train", "cifar10", "--image-size", 20), "--image-size")
+    assert_input_error(run_cli("--summary", "--image-size", "1" + "0" * 400), "--image-size")
 
 
 def test_files_that_cannot_be_written_or_read_are_one_line(tiny):
