@@ -1303,7 +1303,7 @@ def train(args: argparse.Namespace) -> int:
             if step == steps or caught or position % 10 == 0 and bad[0]:
                 break
             if position == 0 or step == first:                  # the same order for a resumed epoch
-                draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch + 2 ** 60)
+                draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
                 order = torch.randperm(len(images), generator=draws).to(device)
                 loss_sum = 0.0 if position == 0 else loss_sum
                 model.train()
