@@ -319,7 +319,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *,
     Excepted is cuDNN's kernel, which has open bugs with additive masks.
     """
     bias = None if bias is None else bias.to(q.dtype)
-    if not (q.device.type != "cpu" if fused is None else fused):
+    fused = q.device.type != "cpu" if fused is None else fused
+    if not fused:
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
         return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
@@ -524,8 +525,7 @@ class DeformableAttention(nn.Module):
             return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]
         table = resize(table, (2 * H - 1, 2 * W - 1)).unflatten(0, (G, -1))
         if self.geometry == "paper":                            # queries stand on whole pixels:
-            margin = int(min(self.offset_range / 2 * self.stride, H + W)) + 1       # beyond reach
-            y, x = min(margin, H), min(margin, W)
+            y, x = (int(min(reach, n - 1)) + 1 for reach, n in zip(self.reach(H, W), (H, W)))
             table = F.pad(table, (x, x, y, y))                  # .. what they read of it is a piece
             table = table[:, :, first:table.shape[2] - (H - end)]
             start = [n - 1 + pad - points[..., i].flatten(2)
@@ -1210,7 +1210,7 @@ def load_moments(optimizer: torch.optim.AdamW, saved: object, step: int) -> None
     try:
         for i, parameter in enumerate(parameters if step else ()):
             moments = {name: saved["state"][i][name] for name in ("exp_avg", "exp_avg_sq")}
-            assert all(moment.shape == parameter.shape for moment in moments.values())
+            _check(all(moment.shape == parameter.shape for moment in moments.values()), "shapes")
             optimizer.state[parameter] = {
                 "step": torch.full((), float(step), device=parameter.device),
                 **{name: torch.empty_like(parameter, requires_grad=False).copy_(moment)
@@ -1656,12 +1656,10 @@ def draw_checkpoint(args: argparse.Namespace) -> int:
     _check(args.checkpoint, "--draw needs --checkpoint FILE")
     model, checkpoint = load_checkpoint(args.checkpoint, "classes", "dataset", "mean", "std")
     names, mean, std = (checkpoint[key] for key in ("classes", "mean", "std"))
-    try:
-        assert mean.shape == std.shape == (3, 1, 1) and (std > 0).all() and mean.dtype == std.dtype
-        names = [str(name) for name, _ in zip(names, range(model.config.classes), strict=True)]
-    except (AssertionError, AttributeError, TypeError, ValueError):
-        raise InputError(f"{args.checkpoint}: classes, mean or std are not as --train writes them"
-                         ) from None
+    _check(isinstance(names, (tuple, list)) and len(names) == model.config.classes
+           and all(isinstance(t, Tensor) and t.shape == (3, 1, 1) and t.is_floating_point()
+                   for t in (mean, std)) and (std > 0).all(),
+           f"{args.checkpoint}: classes, mean or std are not as --train writes them")
     image = read_image(args.draw, model.config, args.data)
     out = Path("points.png" if args.out is None else args.out)
     _check(out.suffix.lower() == ".png", f"--out {out}: expected a name that ends in .png")

@@ -1544,21 +1544,20 @@ def test_an_interruption_at_a_bad_moment_loses_nothing(tiny, monkeypatch, moment
     made = ["--train", "cifar10", "--epochs", 2, "--batch-size", 50]
     assert run_cli(*made, "--out", "whole")[0] == 0
     if moment == "evaluate":
-        calls, real = [], dat.evaluate
-        patch = (dat, "evaluate", lambda *a: calls.append(1) or (
-            real(*a) if len(calls) != 2 else exec("raise KeyboardInterrupt")))
+        owner, name, last = dat, "evaluate", 2
     else:
-        calls, real = [], torch.optim.AdamW.step
+        owner, name, last = torch.optim.AdamW, "step", 5
+    calls, real = [], getattr(owner, name)
 
-        def update(self):
-            real(self)
-            calls.append(1)
-            if len(calls) == 5:
-                raise KeyboardInterrupt
+    def interrupted(*args):
+        result = real(*args)
+        calls.append(1)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return result
 
-        patch = (torch.optim.AdamW, "step", update)
     with monkeypatch.context() as context:
-        context.setattr(*patch)
+        context.setattr(owner, name, interrupted)
         assert run_cli(*made, "--out", "parts")[0] == 130
     assert run_cli("--train", "cifar10", "--out", "parts", "--resume")[0] == 0
     one, other = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "parts"))

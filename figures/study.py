@@ -89,8 +89,8 @@ def measure(model, images, labels, masks):
 
 def trained(config, seed, epochs):
     """The checkpoint of `config`, from disk or a run. Returns the model and seconds it took."""
-    code = Path(dat.__file__).read_bytes()
-    key = hashlib.sha256(code + f"{config} {seed} {epochs}".encode()).hexdigest()[:16]
+    source = Path(dat.__file__).read_bytes()
+    key = hashlib.sha256(source + f"{config} {seed} {epochs}".encode()).hexdigest()[:16]
     out = FOLDER / key
     if not (out / "done").exists():
         dat.VARIANTS["study"] = config
