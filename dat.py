@@ -43,6 +43,8 @@ Departures from the paper [P] and from the authors' release at 566a593 [R]:
          ImageNet models leave off. [P]
     [D7] Weights start from PyTorch's defaults and position tables from a normal distribution of
          deviation 0.01: what the release's code amounts to; the paper does not say. [P]
+    [D8] Augmentation: one operation of random strength per image instead of RandAugment's two of
+         strength 9, erasing with uniform noise, no mixing in the last tenth of a run. [P, R]
 """
 from __future__ import annotations
 
@@ -66,12 +68,15 @@ import time
 import urllib.request
 import zlib
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -788,22 +793,93 @@ CIFAR = {                                                       # the official b
         mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)),
 }
 SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar")
-DATASETS = (*CIFAR, "shapes")
+DATASETS = (*CIFAR, "shapes", "imagenet")                       # the last: any image folder
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))       # mean and deviation
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InMemory:
+    """Half of a data set. Shape: images (n, 3, H, W) uint8, labels (n,) int64."""
+    images: Tensor
+    labels: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.images.shape[-1]
+
+    def batches(self, parts: Iterable[Tensor], draws: str | None = None) -> Iterator[tuple]:
+        """Images and labels of each of `parts`, which are indices (b,); with `draws` augmented."""
+        for part in parts:
+            part = part.to(self.images.device)
+            images = self.images[part] if draws is None else crop_and_flip(self.images[part])
+            yield images, self.labels[part]
+
+
+@dataclass(kw_only=True)
+class ImageFolder:
+    """Half of a data set in image files, decoded by `workers` processes.
+
+    `unreadable`: the files found so, and why. They come as black images of label -1.
+    """
+    root: str
+    files: np.ndarray                                           # (n,) names below root, as bytes
+    labels: Tensor                                              # (n,) int64
+    size: int                                                   # px, height and width of a batch
+    workers: int = 0
+    draws: str | None = None
+    unreadable: dict[str, str] = field(default_factory=dict)
+    decoded: int = 0                                            # images so far, in ..
+    seconds: float = 0.0                                        # .. so much time of one core
+
+    def batches(self, parts: Iterable[Tensor], draws: str | None = None) -> Iterator[tuple]:
+        """As InMemory.batches; `draws` and its index alone decide how an image is cut."""
+        loader = torch.utils.data.DataLoader(
+            replace(self, draws=draws), batch_sampler=parts, num_workers=self.workers,
+            collate_fn=tuple, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+        for images, labels, unreadable, seconds in loader:
+            for file in unreadable.keys() - self.unreadable.keys():
+                print(f"left out: {unreadable[file]}", file=sys.stderr)
+            self.unreadable.update(unreadable)
+            self.decoded, self.seconds = self.decoded + len(labels), self.seconds + seconds
+            yield images, labels
+
+    def __getitems__(self, part: Tensor) -> tuple[Tensor, Tensor, dict[str, str], float]:
+        """What a worker does for one batch."""
+        start, labels, unreadable = time.process_time(), self.labels[part], {}
+        images = torch.zeros(len(part), 3, self.size, self.size, dtype=torch.uint8)
+        for i, index in enumerate(part.tolist()):
+            file = os.path.join(self.root, os.fsdecode(self.files[index]))
+            try:
+                images[i] = read_photo(file, self.size, self.draws and f"{self.draws} {index}")
+            except InputError as error:
+                labels[i], unreadable[file] = -1, str(error)
+        return images, labels, unreadable, time.process_time() - start
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Two (images, labels) in memory. Shape: images (n, 3, H, W) uint8, labels (n,) int64."""
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    """What there is to train on and to test on."""
+    train: InMemory | ImageFolder | None
+    test: InMemory | ImageFolder
     classes: tuple[str, ...]
     mean: Tensor                                                # (3, 1, 1), of values in [0, 1]
     std: Tensor
 
     def to(self, device: torch.device) -> Dataset:
-        train, test = (tuple(t.to(device) for t in split) for split in (self.train, self.test))
+        """With images that are in memory, mean and deviation on `device`."""
+        train, test = (InMemory(images=half.images.to(device), labels=half.labels.to(device))
+                       if isinstance(half, InMemory) else half for half in (self.train, self.test))
         return replace(self, train=train, test=test, mean=self.mean.to(device),
                        std=self.std.to(device))
+
+    def unreadable(self) -> int:
+        """How many image files could not be read so far, in all processes."""
+        folders = [half for half in (self.train, self.test) if isinstance(half, ImageFolder)]
+        for half in folders:
+            for found in gather(half.unreadable):
+                half.unreadable.update(found)
+        return sum(len(half.unreadable) for half in folders)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Values in [0, 1], or uint8 -> float32 of mean 0 and deviation 1 in each channel."""
@@ -822,6 +898,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[bool]:
+    """Lets in one process per folder, the others wait; true if so (Windows lets in all)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}/: another run downloads there, waiting for it", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield True
+    finally:
+        os.close(handle)
 
 
 def download(url: str, target: Path, *, size: int, md5: str) -> None:
@@ -843,7 +939,11 @@ def download(url: str, target: Path, *, size: int, md5: str) -> None:
                f"{digest.hexdigest()}, expected {size:,} of {md5}: nothing was kept, try again")
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, fetch)
+    with one_at_a_time(target.parent) as alone:
+        for part in target.parent.glob(f"{target.name}.*.part") if alone else ():
+            part.unlink()                                       # of a run that was killed
+        if not target.is_file():
+            write_atomically(target, fetch)
 
 
 def _files(archive: SimpleNamespace) -> tuple[str, ...]:
@@ -905,12 +1005,17 @@ def load_cifar(name: str, data: str | None = None) -> Dataset:
                f"less than {archive.classes}")
         return records[:, archive.label_bytes:].reshape(-1, 3, 32, 32), labels
 
-    train, test = (tuple(map(torch.cat, zip(*map(parse, split)))) for split in archive.splits)
+    train, test = (_in_memory(map(parse, split)) for split in archive.splits)
     classes = tuple(files.get(archive.names, b"").decode("ascii", "replace").split())
     if len(classes) != archive.classes:                         # names are for display only
         classes = tuple(map(str, range(archive.classes)))
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (archive.mean, archive.std))
     return Dataset(train=train, test=test, classes=classes, mean=mean, std=std)
+
+
+def _in_memory(parts: Iterable[tuple[Tensor, Tensor]]) -> InMemory:
+    images, labels = map(torch.cat, zip(*parts))
+    return InMemory(images=images, labels=labels)
 
 
 def make_shapes(count: int, *, seed: int, side: int = 32) -> tuple[Tensor, Tensor, Tensor]:
@@ -956,13 +1061,103 @@ def make_shapes(count: int, *, seed: int, side: int = 32) -> tuple[Tensor, Tenso
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels, masks
 
 
-def load_dataset(name: str, data: str | None = None) -> Dataset:
-    """One of DATASETS. Raises: InputError."""
+@contextlib.contextmanager
+def open_image(path: str) -> Iterator[object]:
+    """A Pillow image. Raises: InputError if it cannot be opened, or decoded within the block."""
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"{image.mode} pixels, expected 8 bits")
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as an image: {error}") from None
+
+
+def to_tensor(image: object) -> Tensor:
+    """A Pillow image of RGB pixels -> (3, H, W) uint8."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def read_photo(path: str, size: int, draws: str | None = None) -> Tensor:
+    """The middle of an image, or with `draws`, a seed, a part at random. Source: release.
+
+    The middle: 7/8 of each side after the image is made square. At random: 8 to 100% of its area,
+    3:4 to 4:3, mirrored in half of the cases; a JPEG is decoded at 1/2, 1/4 or 1/8 if that leaves
+    enough pixels. Bicubic. Shape: (3, size, size) uint8. Raises: InputError.
+    """
+    with open_image(path) as image:
+        bicubic = 3                                             # Pillow's number for it
+        if draws is None:
+            side = int(size * 256 / 224)
+            margin = round((side - size) / 2)
+            image = image.convert("RGB").resize((side, side), bicubic)
+            return to_tensor(image.crop((margin, margin, margin + size, margin + size)))
+        random, (W, H) = Random(draws), image.size
+        for _ in range(10):
+            area, aspect = random.uniform(0.08, 1) * W * H, (4 / 3) ** random.uniform(-1, 1)
+            w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if 0 < w <= W and 0 < h <= H:
+                break
+        else:                                                   # too narrow an image: what fits
+            w, h = min(W, max(1, H * 4 // 3)), min(H, max(1, W * 4 // 3))
+        x, y = random.randint(0, W - w), random.randint(0, H - h)
+        image.draft(None, (math.ceil(size * W / w), math.ceil(size * H / h)))
+        across, down = image.width / W, image.height / H
+        box = (x * across, y * down, (x + w) * across, (y + h) * down)
+        pixels = to_tensor(image.convert("RGB").resize((size, size), bicubic, box))
+        return pixels.flip(2) if random.random() < 0.5 else pixels
+
+
+def _list_images(folder: Path) -> dict[str, list[str]]:
+    """Class, the name of a folder -> its image files; all sorted."""
+    _check(folder.is_dir(), f"there is no folder {folder}/: expected {folder}/<class>/<images>")
+    found = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and entry.name[0] != ".":
+            found[entry.name] = sorted(name for name in os.listdir(entry) if name[0] != "."
+                                       and name.lower().endswith(IMAGE_SUFFIXES))
+            _check(found[entry.name], f"{entry}/ holds no image ({' '.join(IMAGE_SUFFIXES)})")
+            _check(os.access(entry / found[entry.name][0], os.R_OK), f"{entry}/: no permission to "
+                   "read the images")
+    _check(found, f"{folder}/ holds no folder of a class: expected {folder}/<class>/<images>")
+    return found
+
+
+def load_folder(data: str | None, *, size: int, workers: int, training: bool = True) -> Dataset:
+    """Images DATA/train/<class>/<images> and DATA/val/<class>/<images> of any classes.
+
+    Raises: InputError if one of them, or val or train lacks a class of the other. Without
+    `training`, val is enough.
+    """
+    _check(type(size) is int, f"an image size of {size} is not square, which photos are cut to")
+    _check(data is not None, "an image folder needs --data DIR, which holds train/<class>/<images> "
+           "and val/<class>/<images>")
+    root = Path(data)
+    train, test = _list_images(root / "train") if training else None, _list_images(root / "val")
+    alone = sorted(test.keys() ^ (train or test).keys())
+    _check(not alone, f"{root}: train and val hold other classes; in one of them only: "
+           f"{', '.join(alone[:5])}{' ..' * (len(alone) > 5)}")
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in IMAGENET)
+    halves = [half and ImageFolder(
+        root=str(root / name), size=size, workers=workers,
+        files=np.array([os.fsencode(f"{c}/{file}") for c, files in half.items() for file in files]),
+        labels=torch.tensor([i for i, files in enumerate(half.values()) for _ in files]))
+        for name, half in (("train", train), ("val", test))]
+    return Dataset(train=halves[0], test=halves[1], classes=tuple(test), mean=mean, std=std)
+
+
+def load_dataset(name: str, data: str | None = None, **folder: object) -> Dataset:
+    """One of DATASETS; `folder`: the other arguments of load_folder. Raises: InputError."""
+    if name == "imagenet":
+        return load_folder(data, **folder)
     if name in CIFAR:
         return load_cifar(name, data)
-    test, *parts = (make_shapes(2_000, seed=seed)[:2] for seed in range(6))
-    train, half = tuple(map(torch.cat, zip(*parts))), torch.full((3, 1, 1), 0.5)
-    return Dataset(train=train, test=test, classes=SHAPES, mean=half, std=half / 2)
+    test, *train = (make_shapes(2_000, seed=seed)[:2] for seed in range(6))
+    half = torch.full((3, 1, 1), 0.5)
+    return Dataset(train=_in_memory(train), test=_in_memory([test]), classes=SHAPES, mean=half,
+                   std=half / 2)
 
 
 # ============================================================ 11. augmentation
@@ -1047,11 +1242,11 @@ def mix(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def augment(images: Tensor, targets: Tensor, strength: int) -> tuple[Tensor, Tensor]:
-    """Strength 0: crop and flip. 1: and one operation and, for a quarter, erasing. 2: and mixing.
+    """Strength 0: nothing. 1: one operation and, for a quarter, erasing. 2: and mixing [D8].
 
     Shape: images (B, 3, H, W) uint8, targets (B, classes) -> (B, 3, H, W) in [0, 1], (B, classes).
     """
-    images, (B, _, H, W), device = crop_and_flip(images) / 255, images.shape, images.device
+    images, (B, _, H, W), device = images / 255, images.shape, images.device
     if strength > 0:
         kind = torch.randint(len(OPERATIONS), (B,), device=device)
         images = operate(images, kind, 2 * torch.rand(B, device=device) - 1)
@@ -1063,12 +1258,91 @@ def augment(images: Tensor, targets: Tensor, strength: int) -> tuple[Tensor, Ten
 
 # ============================================================ 12. training
 
-# (data, on CUDA) -> what a run is unless flags say otherwise: model, epochs, batch size, peak lr
-RECIPES = {("cifar", False): ("cifar-nano", 5, 128, 2e-3),
-           ("cifar", True): ("cifar", 300, 256, 1e-3),
-           ("shapes", False): ("cifar-nano", 4, 64, 2e-3),
-           ("shapes", True): ("cifar", 20, 256, 1e-3)}
 FLAGS = ("epochs", "batch_size", "lr", "seed", "augment")       # those that define a run
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What defines a training run, and how far it is: the plain values of its checkpoint.
+
+    Raises: ValueError naming the field and its value.
+    """
+    dataset: str
+    images: int                                                 # to train on
+    classes: tuple[str, ...]
+    epochs: int
+    batch_size: int                                             # of an update, by all processes
+    lr: float                                                   # at its highest
+    seed: int = 0
+    augment: int = 0                                            # strength, see augment
+    warmup: float = 1 / 20                                      # share of the run
+    floor: float = 1 / 100                                      # the last rate, in `lr`
+    clip: float = 5.0                                           # largest norm of a gradient
+    weight_decay: float = 0.05
+    step: int = 0                                               # updates so far
+    loss: float = 0.0                                           # its sum in the epoch so far
+    history: list = field(default_factory=list)                 # rows of metrics.csv
+
+    def __post_init__(self) -> None:
+        _check_fields(self, integers="images epochs batch_size")
+        for name, kind, below in (
+                ("seed", int, 2 ** 31), ("step", int, 2 ** 31), ("augment", int, 3),
+                ("warmup", float, 1), ("floor", float, 1), ("lr", float, math.inf),
+                ("clip", float, math.inf), ("weight_decay", float, 1), ("loss", float, math.inf)):
+            value = getattr(self, name)
+            _check(type(value) is kind and 0 <= value < below,
+                   f"{name}={value!r} is not of type {kind.__name__} from 0 to below {below}")
+        _check(isinstance(self.history, list) and all(
+            isinstance(row, tuple) and len(row) == len(METRICS) for row in self.history),
+            f"history={self.history!r} is not a list of {METRICS}")
+        _check(isinstance(self.classes, tuple), f"classes={self.classes!r} is not a tuple")
+        _check(self.batch_size <= self.images, f"batch_size={self.batch_size} is more than the "
+               f"{self.images} images there are")
+        _check(self.step <= self.steps, f"step={self.step} is past the end, {self.steps}")
+
+    @property
+    def per_epoch(self) -> int:
+        """Updates in an epoch; images that do not fill a batch are left out of it."""
+        return self.images // self.batch_size
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.per_epoch
+
+    def rate(self, step: int) -> float:
+        """The learning rate of an update."""
+        warmup = max(int(self.steps * self.warmup), min(50, self.steps // 4) * (self.warmup > 0))
+        return learning_rate(step, steps=self.steps, warmup=warmup, peak=self.lr, floor=self.floor)
+
+
+ABLATIONS = ("geometry", "offsets", "position")                 # kept from what is fine-tuned
+METRICS = ("epoch", "step", "loss", "test_accuracy", "seconds")
+
+
+def default_model(data: str, device: torch.device) -> str:
+    """What is trained without --model."""
+    return "dat-t" if data == "imagenet" else "cifar" if device.type == "cuda" else "cifar-nano"
+
+
+def recipe(data: str, model: str, *, batch_size: int | None = None, finetune: bool = False) -> dict:
+    """The fields of a Run that suit data set and model. Source: for imagenet the release [D8]."""
+    if data == "shapes":
+        found = {"epochs": 4, "batch_size": 64, "lr": 2e-3}
+    elif data != "imagenet":
+        found = {"epochs": 8, "batch_size": 128, "lr": 2e-3}
+    elif finetune:
+        found = {"epochs": 30, "batch_size": 512, "lr": 2e-6, "warmup": 0.0, "floor": 1 / 20,
+                 "weight_decay": 1e-8, "augment": 2}
+    else:
+        found = {"epochs": 300, "batch_size": 1024, "lr": 5e-4, "warmup": 20 / 300}
+        if model.startswith("dat-b"):
+            found |= {"lr": 4e-4, "warmup": 50 / 300, "floor": 1 / 80, "clip": 1.0}
+    if model == "cifar" and data != "imagenet":                 # for a GPU
+        found |= {"epochs": 20 if data == "shapes" else 300, "batch_size": 256, "lr": 1e-3}
+    found["batch_size"] = batch_size or found["batch_size"]
+    if data == "imagenet":
+        found["lr"] *= found["batch_size"] / 512
+    return found
 
 
 def augmentation(epochs: int) -> int:
@@ -1076,14 +1350,17 @@ def augmentation(epochs: int) -> int:
     return (epochs >= 30) + (epochs >= 100)
 
 
-def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up from peak / 1000, then half a cosine down to peak / 100. Source: release."""
+def learning_rate(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> float:
+    """Linear warm-up from a tenth of the last rate, then half a cosine. Source: release.
+
+    `floor`: the last rate as a share of the peak.
+    """
     if step < warmup:                                           # 1. warm-up
-        return peak * (0.001 + 0.999 * step / warmup)
+        return peak * (floor / 10 + (1 - floor / 10) * step / warmup)
     if step >= steps:                                           # 2. past the end
-        return peak * 0.01
+        return peak * floor
     progress = (step - warmup) / (steps - warmup)               # 3. cosine
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -1104,41 +1381,108 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on CUDA, where it pays."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def compute_dtype(device: torch.device, float32: bool = False) -> torch.dtype:
+    """bfloat16 where hardware multiplies it: on CUDA, and on CPUs with instructions for it."""
+    fast = device.type == "cuda" or device.type == "cpu" and getattr(
+        torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+    return torch.bfloat16 if fast and not float32 else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """What runs within takes `dtype` for its matrix products; weights stay as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def join_processes(device: torch.device) -> None:
+    """Joins the processes that torchrun started, if it did; the first of them speaks for all."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
+        return
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot be "
+                         f"joined ({error}): start them with torchrun") from None
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def processes() -> tuple[int, int]:
+    """(which of the processes this one is, how many there are)."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def workers(args: argparse.Namespace) -> int:
+    """How many processes decode images for this one."""
+    if args.workers is not None:
+        return args.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def gather(value: object) -> list:
+    """The `value` of every process, in each of them."""
+    found = [value] * processes()[1]
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Dataset) -> float:
-    """Share of the test images classified right, in batches of 500 so that the figure repeats."""
+def evaluate(model: nn.Module, data: Dataset, dtype: torch.dtype) -> tuple[float, float]:
+    """Share of the test images that can be read classified right; .. among the best five.
+
+    Every process tests its part of them, in batches of 100 so that the figures repeat.
+    """
     model.eval()
-    right = 0
-    for images, labels in zip(*(t.split(500) for t in data.test)):
-        with autocast(images.device):
-            right += (model(data.normalise(images)).argmax(dim=1) == labels).sum()
-    return int(right) / len(data.test[1])
+    (rank, world), device = processes(), data.mean.device
+    found = torch.zeros(3, dtype=torch.int64, device=device)    # right, among five, images
+    for images, labels in data.test.batches(
+            torch.arange(rank, len(data.test.labels), world).split(100)):
+        images, labels = images.to(device), labels.to(device)
+        with autocast(device, dtype):
+            best = model(data.normalise(images)).topk(min(5, len(data.classes))).indices
+        hits = best == labels[:, None]
+        found += torch.stack([hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])
+    right, among, count = map(sum, zip(*gather(found.tolist())))
+    _check(count, "none of the test images can be read")
+    return right / count, among / count
+
+
+def describe(right: float, among: float, data: Dataset) -> str:
+    """What evaluate found, in words."""
+    lost = data.unreadable()
+    return (f"test accuracy {right:.2%}" + f", top-5 {among:.2%}" * (len(data.classes) > 10)
+            + f"; {lost:,} images could not be read and were left out" * (lost > 0))
 
 
 def load_checkpoint(path: str, *keys: str) -> tuple[DAT, dict]:
     """The model of a checkpoint, and all it holds, `keys` among it; nothing in it is run.
 
+    The authors' files are taken too: any variant, in geometry "release" [D1], told by its shapes.
     Raises: InputError.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Their training code puts its settings, yacs' nodes, beside the weights: read as plain.
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         _check(isinstance(checkpoint, dict), f"it holds a {type(checkpoint).__name__}")
-        missing = {"config", "model", *keys} - checkpoint.keys()
-        _check(not missing, f"it lacks {', '.join(sorted(missing))} (the authors' weights: "
-               "load_official)")
-        config, state = DATConfig(**checkpoint["config"]), dict(checkpoint["model"])
+        published = "cls_head.weight" in checkpoint.get("model", ())
+        missing = {"model", *(() if published else ("config", *keys))} - checkpoint.keys()
+        _check(not missing, f"it lacks {', '.join(sorted(missing))}")
+        state = dict(checkpoint["model"])
+        _check(sum(tensor.nbytes for tensor in state.values()) <= Path(path).stat().st_size,
+               "it declares more numbers than it holds")
+        if published:
+            return _load_published(state)
+        config = DATConfig(**checkpoint["config"])
         with torch.device("meta"):                              # do shapes fit? memory comes later
             shapes = {name: tensor.shape for name, tensor in DAT(config).state_dict().items()}
         wrong = sorted(name for name in shapes.keys() | state.keys() if name not in state
                        or name not in shapes or state[name].shape != shapes[name])
         _check(not wrong, f"missing, unknown or of another shape are {', '.join(wrong)}")
-        _check(sum(tensor.nbytes for tensor in state.values()) <= Path(path).stat().st_size,
-               "it declares more numbers than it holds")
         model = DAT(config)
         model.load_state_dict(state)
     except Exception as error:                                  # a stranger's file can raise any
@@ -1147,6 +1491,42 @@ def load_checkpoint(path: str, *keys: str) -> tuple[DAT, dict]:
             reason = "it is damaged, or holds more than tensors and plain values"
         raise InputError(f"{path} is no checkpoint of this program: {reason}") from None
     return model, checkpoint
+
+
+def _load_published(state: dict) -> tuple[DAT, dict]:
+    """load_checkpoint for the authors' weights, with what they leave unsaid."""
+    for config in VARIANTS.values():
+        config = replace(config, classes=len(state["cls_head.weight"]))
+        if config.stem == "patch":
+            with torch.device("meta"):
+                layout = _official_layout(DAT(config))
+            if all(name in state and state[name].shape == shape
+                   for name, (shape, _) in layout.items()):
+                break
+    else:
+        config = VARIANTS["dat-t"]                              # its error tells what differs
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in IMAGENET)
+    return load_official(state, config), {
+        "classes": None, "dataset": "imagenet", "mean": mean, "std": std}
+
+
+def adapt(source: DAT, config: DATConfig) -> DAT:
+    """A model of `config` with the weights of `source`, to fine-tune.
+
+    Position tables of another size are resized [D2]; a head of other classes starts anew.
+    Raises: InputError naming what else differs.
+    """
+    model, state = DAT(config), source.state_dict()
+    for name, value in model.state_dict().items():
+        if name in state and name.endswith("table") and value.ndim == 3:
+            state[name] = resize(state[name], value.shape[-2:])
+        if name.startswith("head.") and config.classes != source.config.classes:
+            state[name] = value
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"--finetune: {' '.join(str(error).split())[:300]}") from None
+    return model
 
 
 def make_folder(out: str | None, default: str) -> Path:
@@ -1176,32 +1556,47 @@ def catch_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
+    except RuntimeError:                                        # another process was stopped, too
+        if not caught:
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def resume(args: argparse.Namespace) -> tuple[DAT, dict]:
-    """The checkpoint in --out to go on from; a flag that contradicts it is refused by name."""
+def begin(args: argparse.Namespace, name: str, data: Dataset) -> tuple[DAT, Run]:
+    """A new run of the variant `name`: what flags do not say is its recipe's."""
+    found = recipe(args.train, name, batch_size=args.batch_size, finetune=bool(args.finetune))
+    found |= {flag: getattr(args, flag) for flag in FLAGS if getattr(args, flag) is not None}
+    found.setdefault("augment", augmentation(found["epochs"]))
+    run = Run(dataset=args.train, images=len(data.train.labels), classes=data.classes, **found)
+    torch.manual_seed(run.seed)
+    config = replace(VARIANTS[name], classes=len(data.classes), image_size=data.train.size)
+    if not args.finetune:
+        return DAT(config), run
+    source, _ = load_checkpoint(args.finetune)
+    kept = {field: getattr(source.config, field) for field in ABLATIONS}
+    return adapt(source, replace(config, **kept)), run
+
+
+def resume(args: argparse.Namespace) -> tuple[DAT, Run, object]:
+    """Model, run and optimiser in --out to go on from; a flag against them is refused by name."""
     _check(args.out, "--resume needs --out DIR, the folder of the run to go on with")
-    path = f"{args.out}/last.pt"
-    model, run = load_checkpoint(path, "optimizer", "step", "loss", "history", "dataset", "images",
-                                 *FLAGS)
-    whole = [run[name] for name in ("epochs", "batch_size", "seed", "augment", "step", "images")]
-    _check(all(type(n) is int and 0 <= n < 2 ** 31 for n in whole) and all(whole[:2])
-           and run["augment"] < 3 and all(type(run[name]) is float and 0 <= run[name] < math.inf
-                                          for name in ("lr", "loss"))
-           and type(run["history"]) is list
-           and all(type(row) is tuple and len(row) == 5 for row in run["history"]),
-           f"{path} describes no run that can go on")
+    path, names = f"{args.out}/last.pt", [field.name for field in fields(Run)]
+    model, checkpoint = load_checkpoint(path, "optimizer", *names)
+    try:
+        run = Run(**{name: checkpoint[name] for name in names})
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path} describes no run that can go on: {error}") from None
     for name, given in (("dataset", args.train), *((flag, getattr(args, flag)) for flag in FLAGS)):
-        _check(given is None or given == run[name], f"{path} has {name} {run[name]}, not {given}: "
-               "leave that flag out, or start another run without --resume")
-    same = replace(VARIANTS[args.model or "dat-t"], classes=model.config.classes,
-                   image_size=model.config.image_size)
+        _check(given is None or given == getattr(run, name), f"{path} has {name} "
+               f"{getattr(run, name)}, not {given}: leave that flag out, or start another run")
+    same = replace(VARIANTS[args.model or "dat-t"], **{
+        name: getattr(model.config, name) for name in ("classes", "image_size", *ABLATIONS)})
     _check(args.model is None or same == model.config, f"{path} has no {args.model} in it")
-    del run["model"]
-    return model, run
+    _check(args.image_size in (None, model.config.image_size), f"{path} is for images of "
+           f"{model.config.image_size} px, not {args.image_size}")
+    return model, run, checkpoint["optimizer"]
 
 
 def load_moments(optimizer: torch.optim.AdamW, saved: object, step: int) -> None:
@@ -1222,118 +1617,131 @@ def load_moments(optimizer: torch.optim.AdamW, saved: object, step: int) -> None
 def train(args: argparse.Namespace) -> int:
     """The training run of --train. Returns the exit code, 128 + signal if one came."""
     device = choose_device(args.device)
-    data = load_dataset(args.train, args.data).to(device)
-    (images, labels), classes = data.train, len(data.classes)
+    dtype = compute_dtype(device, args.float32)
+    join_processes(device)
+    rank, world = processes()
+    name = args.model or default_model(args.train, device)
+    size = args.image_size or VARIANTS[name].image_size
     if args.resume:
-        name, (model, run) = "the model of last.pt", resume(args)
-    else:
-        data_name = "shapes" if args.train == "shapes" else "cifar"
-        name, *recipe = RECIPES[data_name, device.type == "cuda"]
-        name = args.model or name
-        run = {flag: default if getattr(args, flag) is None else getattr(args, flag)
-               for flag, default in zip(FLAGS, (*recipe, 0, None))}
-        run |= {"dataset": args.train, "images": len(images), "step": 0, "loss": 0.0, "history": [],
-                "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu()}
-        if run["augment"] is None:
-            run["augment"] = augmentation(run["epochs"])
-        torch.manual_seed(run["seed"])
-        model = build(name, classes=classes, image_size=images.shape[-1])
-    epochs, batch_size, peak, seed, strength = (run[flag] for flag in FLAGS)
-    step, history, loss_sum = run["step"], run["history"], run["loss"]      # of the epoch so far
-    per_epoch = len(images) // batch_size                       # a last, smaller batch is left out
-    _check(per_epoch, f"--batch-size {batch_size} is more than the {len(images)} images there are")
-    steps = epochs * per_epoch
-    _check(model.config.classes == classes and run["images"] == len(images) and step <= steps,
-           f"{args.out}/last.pt was trained on {run['images']:,} images of {model.config.classes} "
-           f"classes, not on these {len(images):,} of {classes}")
-    warmup = max(steps // 20, min(50, steps // 4))              # less leaves short runs at chance
-    model = model.to(device)
+        name, (model, run, moments) = "the model of last.pt", resume(args)
+        size = model.config.image_size
+    data = load_dataset(args.train, args.data, size=size, workers=workers(args)).to(device)
+    if not args.resume:
+        model, run = begin(args, name, data)
+    classes, images = len(data.classes), len(data.train.labels)
+    _check(run.classes == data.classes and run.images == images, f"{args.out}/last.pt was trained "
+           f"on {run.images:,} images of {len(run.classes)} classes, not on these {images:,} of "
+           f"{classes}" + " other ones" * (classes == len(run.classes)))
+    _check(run.batch_size % (world * args.accumulate) == 0, f"--batch-size {run.batch_size} cannot "
+           f"be shared by {world} processes in --accumulate {args.accumulate} parts each")
+    model = model.to(device, memory_format=torch.channels_last)             # as the maps are
     forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=peak, fused=True)
+    if world > 1:
+        forward = nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, run.weight_decay), lr=run.lr, fused=True)
     if args.resume:
-        load_moments(optimizer, run.pop("optimizer"), step)
+        load_moments(optimizer, moments, run.step)
         out = Path(args.out)
-        for part in out.glob("last.pt.*.part"):                 # of a run that was killed
-            part.unlink()
+        for part in out.glob("last.pt.*.part") if rank == 0 else ():        # of a killed run
+            part.unlink(missing_ok=True)
     else:
-        out = make_folder(args.out, f"runs/{args.train}-{name}")
-    print(f"{args.train}: {len(images):,} images to train on, {len(data.test[0]):,} to test on, "
+        out = make_folder(args.out, f"runs/{args.train}-{name}") if rank == 0 else Path()
+    print(f"{args.train}: {images:,} images to train on, {len(data.test.labels):,} to test on, "
           f"{classes} classes\n{name}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{multiply_accumulates(model.config) / 1e6:.0f}M multiply-accumulates\n"
-          f"{epochs} epochs of {per_epoch} steps, batch {batch_size}, lr {peak:g}, augmentation "
-          f"{strength}, on {device}, {f'from step {step} on, ' * (step > 0)}into {out}/  "
+          f"{run.epochs} epochs of {run.per_epoch} steps, batch {run.batch_size}, lr {run.lr:g}, "
+          f"augmentation {run.augment}, on {world} x {device}, {dtype}, "
+          f"{f'from step {run.step} on, ' * (run.step > 0)}into {out}/  "
           "(flags: --model --epochs --batch-size --lr --augment --device --out)")
-    saved, first, start = step, step, time.monotonic()
-    before = history[-1][-1] if history else 0.0                # seconds of the runs before
-    shown, torn = start, False                                  # torn: within an update
+    first, start, loss_sum = run.step, time.monotonic(), torch.tensor(run.loss, device=device)
+    before = run.history[-1][-1] if run.history else 0.0        # seconds of the runs before
+    saved, shown, stop, torn = first, start, False, False       # torn: within an update
     bad = torch.zeros(3, device=device)                         # first bad step, its loss and norm
 
     def save() -> None:
         """Writes last.pt and metrics.csv; seed and step are the generators' whole state."""
         nonlocal saved
-        saved = step                                            # what fails once is not tried again
+        saved = run.step                                        # what fails once is not tried again
         number, loss, norm = bad.tolist()
         if number:
-            raise InputError(f"step {number:.0f}, learning rate {rate(int(number) - 1):g}: loss "
-                             f"{loss:g} and gradient norm {norm:g} are not finite; {out}/last.pt "
-                             "is left as it was")
-        file = io.BytesIO()
-        torch.save({**run, "config": asdict(model.config), "model": model.state_dict(),
-                    "step": step, "optimizer": optimizer.state_dict(), "loss": float(loss_sum)},
-                   file)
-        rows = [("epoch", "step", "loss", "test_accuracy", "seconds"), *history]
-        text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+            raise InputError(f"step {number:.0f}, learning rate {run.rate(int(number) - 1):g}: "
+                             f"loss {loss:g} and gradient norm {norm:g} are not finite; "
+                             f"{out}/last.pt is left as it was")
+        if rank > 0:
+            return
+        run.loss, file = loss_sum.item(), io.BytesIO()
+        torch.save({**asdict(run), "mean": data.mean.cpu(), "std": data.std.cpu(),
+                    "config": asdict(model.config), "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict()}, file)
+        text = "".join(",".join(map(str, row)) + "\n" for row in (METRICS, *run.history))
         write_atomically(out / "last.pt", lambda path: path.write_bytes(file.getbuffer()))
         write_atomically(out / "metrics.csv", lambda path: path.write_text(text))
 
-    def rate(step: int) -> float:
-        return learning_rate(step, steps=steps, warmup=warmup, peak=peak)
-
     with catch_signals() as caught, contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(lambda: step == saved or torn or save())        # also after an error
+        at_the_end.callback(lambda: run.step == saved or torn or save())    # also after an error
         save()                                                  # what is killed can be resumed
         while True:
-            epoch, position = divmod(step, per_epoch)
-            if position == 0 and len(history) < epoch and not caught and not bad[0]:
-                accuracy = evaluate(model, data)                # not compiled, as --eval does it
-                history.append((epoch, step, float(loss_sum) / per_epoch, accuracy,
-                                before + time.monotonic() - start))
-                print(f"epoch {epoch}/{epochs}  test accuracy {accuracy:.2%}", flush=True)
+            epoch, position = divmod(run.step, run.per_epoch)
+            if position == 0 and len(run.history) < epoch and not stop and not bad[0]:
+                right, among = evaluate(model, data, dtype)     # not compiled, as --eval does it
+                run.history.append((epoch, run.step, loss_sum.item() / run.per_epoch, right,
+                                    before + time.monotonic() - start))
+                print(f"epoch {epoch}/{run.epochs}  {describe(right, among, data)}", flush=True)
                 save()
-            if step == steps or caught or position % 10 == 0 and bad[0]:
+            if run.step == run.steps or stop or position % 10 == 0 and bad[0]:
                 break
-            if position == 0 or step == first:                  # the same order for a resumed epoch
-                draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                order = torch.randperm(len(images), generator=draws).to(device)
-                loss_sum = 0.0 if position == 0 else loss_sum
+            if position == 0 or run.step == first:              # the same order for a resumed epoch
+                draws = torch.Generator().manual_seed(run.seed * 1_000_003 + epoch)
+                order = torch.randperm(images, generator=draws)[:run.per_epoch * run.batch_size]
+                order = order.view(run.per_epoch, args.accumulate, world, -1)
+                batches = data.train.batches(list(order[position:, :, rank].flatten(0, 1)),
+                                             f"{run.seed} {epoch}")
+                loss_sum = torch.zeros_like(loss_sum) if position == 0 else loss_sum
                 model.train()
-            torch.manual_seed(seed * 1_000_003 + step)          # all draws of a step follow from it
             for group in optimizer.param_groups:
-                group["lr"] = rate(step)
-            batch = order[position * batch_size:(position + 1) * batch_size]
-            pixels, targets = augment(images[batch], F.one_hot(labels[batch], classes).float(),
-                                      strength if step < 0.9 * steps else min(strength, 1))
-            with autocast(device):
-                logits = forward(data.normalise(pixels))
-                loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
+                group["lr"] = run.rate(run.step)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            mean_loss = torch.zeros_like(loss_sum)
+            for part in range(args.accumulate):
+                torch.manual_seed((run.seed * 1_000_003 + run.step) * args.accumulate * world
+                                  + part * world + rank)        # all draws of a part follow from it
+                pixels, labels = (t.to(device, non_blocking=True) for t in next(batches))
+                targets = F.one_hot(labels.clamp(min=0), classes) * 0.9 + 0.1 / classes
+                targets *= (labels >= 0)[:, None]               # an unreadable image has no say
+                strength = run.augment if run.step < 0.9 * run.steps else min(run.augment, 1)
+                pixels, targets = augment(pixels, targets, strength)
+                last = part == args.accumulate - 1              # then gradients are exchanged
+                with contextlib.nullcontext() if world == 1 or last else forward.no_sync():
+                    with autocast(device, dtype):
+                        logits = forward(data.normalise(pixels))
+                        loss = F.cross_entropy(logits, targets) / args.accumulate
+                    loss.backward()
+                mean_loss += loss.detach()
+            stop = bool(caught)
+            if world > 1:                                       # all stop after the same step
+                shared = torch.stack([mean_loss, torch.full_like(mean_loss, stop)])
+                dist.all_reduce(shared)
+                mean_loss, stop = shared[0] / world, bool(shared[1])
+            norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip)
             torn = True
             optimizer.step()
-            step, loss_sum, torn = step + 1, loss_sum + loss.detach(), False
-            found = torch.stack([torch.full_like(norm, step), loss.detach(), norm])
+            run.step, loss_sum, torn = run.step + 1, loss_sum + mean_loss, False
+            found = torch.stack([torch.full_like(norm, run.step), mean_loss, norm])
             bad = torch.where((bad[0] == 0) & ~norm.isfinite(), found, bad)
 
             now = time.monotonic()
-            if step % per_epoch == 0 or now - shown > 10:
-                shown, speed = now, (step - first) / (now - start)
-                accuracy = (logits.argmax(dim=1) == labels[batch]).float().mean().item()
-                print(f"epoch {epoch + 1}/{epochs}  step {step}/{steps}  loss {loss.item():.3f}  "
-                      f"batch accuracy {accuracy:.1%}  {speed * batch_size:,.0f} images/s  "
-                      f"{(steps - step) / speed:.0f} s left", flush=True)
+            if run.step % run.per_epoch == 0 or now - shown > 10:
+                shown, speed = now, (run.step - first) / (now - start)
+                accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+                decoding = (f" ({data.train.decoded / data.train.seconds:,.0f} decoded by a core)"
+                            if isinstance(data.train, ImageFolder) else "")
+                print(f"epoch {epoch + 1}/{run.epochs}  step {run.step}/{run.steps}  loss "
+                      f"{mean_loss.item():.3f}  batch accuracy {accuracy:.1%}  "
+                      f"{speed * run.batch_size:,.0f} images/s{decoding}  "
+                      f"{(run.steps - run.step) / speed:.0f} s left", flush=True)
+    gather(None)                                                # none ends before all is saved
     if caught:
-        print(f"signal {caught[0]}: stopped after step {step}, saved in {out}/last.pt")
+        print(f"signal {caught[0]}: stopped after step {run.step}, saved in {out}/last.pt")
     return 128 + caught[0] if caught else 0
 
 
@@ -1373,23 +1781,16 @@ def read_image(source: str, config: DATConfig, data: str | None = None) -> Tenso
     Shape: (1, 3, H, W) uint8. Raises: InputError.
     """
     name, _, index = source.partition(":")
-    if name in DATASETS:
-        images = load_dataset(name, data).test[0]
+    if name in (*CIFAR, "shapes"):
+        images = load_dataset(name, data).test.images
         _check(index.isdecimal() and len(index) < 10 and int(index) < len(images),
                f"{source}: expected {name}: and an index from 0 to {len(images) - 1}")
         return images[int(index)][None]
     from PIL import Image, ImageOps
     height, width = _pair("image_size", config.image_size)
-    try:
-        image = ImageOps.exif_transpose(Image.open(source))
-        _check(image.mode[0] not in "IF", f"{source} has {image.mode} pixels, expected 8 bits")
-        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{source} cannot be read as an image: {error}") from None
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
-        1, height, width, 3).permute(0, 3, 1, 2)
+    with open_image(source) as image:
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))[None]
 
 
 def draw(image: Tensor, views: list[SimpleNamespace], *, title: str = "",
@@ -1546,15 +1947,15 @@ def benchmark(args: argparse.Namespace) -> int:
     run = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
     images = torch.randn(B, 3, *_pair("image_size", size), device=device)
     labels = torch.randint(model.config.classes, (B,), device=device)
-    dtype = torch.bfloat16 if cuda else torch.float32
+    dtype = compute_dtype(device, args.float32)
     square = torch.randn(2, 8192 if cuda else 2048, 8192 if cuda else 2048, device=device).to(dtype)
 
     def infer() -> None:
-        with torch.inference_mode(), autocast(device):
+        with torch.inference_mode(), autocast(device, dtype):
             run(images)
 
     def step() -> None:
-        with autocast(device):
+        with autocast(device, dtype):
             loss = F.cross_entropy(run(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1643,11 +2044,18 @@ _yx.__name__ = "pair Y,X"                                       # argparse puts 
 def evaluate_checkpoint(args: argparse.Namespace) -> int:
     """--eval: prints the test accuracy of --checkpoint."""
     _check(args.checkpoint, "--eval needs --checkpoint FILE")
-    device, (model, _) = choose_device(args.device), load_checkpoint(args.checkpoint)
-    data = load_dataset(args.eval, args.data).to(device)
+    device, (model, found) = choose_device(args.device), load_checkpoint(args.checkpoint)
+    join_processes(device)
+    data = load_dataset(args.eval, args.data, size=args.image_size or model.config.image_size,
+                        workers=workers(args), training=False).to(device)
     _check(model.config.classes == len(data.classes), f"{args.checkpoint} tells apart "
            f"{model.config.classes} classes, {args.eval} has {len(data.classes)}")
-    print(f"test accuracy {evaluate(model.to(device), data):.2%}")
+    names = found.get("classes")                                # the authors' files have none
+    _check(args.eval != "imagenet" or names is None or type(names) is tuple
+           and names == data.classes, f"{args.checkpoint} tells apart other classes than those of "
+           f"{args.data}/val")
+    print(describe(*evaluate(model.to(device), data, compute_dtype(
+        device, args.float32)), data))
     return 0
 
 
@@ -1656,6 +2064,7 @@ def draw_checkpoint(args: argparse.Namespace) -> int:
     _check(args.checkpoint, "--draw needs --checkpoint FILE")
     model, checkpoint = load_checkpoint(args.checkpoint, "classes", "dataset", "mean", "std")
     names, mean, std = (checkpoint[key] for key in ("classes", "mean", "std"))
+    names = tuple(map(str, range(model.config.classes))) if names is None else names
     _check(isinstance(names, (tuple, list)) and len(names) == model.config.classes
            and all(isinstance(t, Tensor) and t.shape == (3, 1, 1) and t.is_floating_point()
                    for t in (mean, std)) and (std > 0).all(),
@@ -1707,33 +2116,45 @@ def main(arguments: list[str] | None = None) -> int:
                         help="with --draw: show the keys of this pixel of the image as the model "
                         "gets it; may be repeated")
     parser.add_argument("--checkpoint", metavar="FILE", help="written by --train: OUT/last.pt")
-    parser.add_argument("--data", metavar="DIR", help="holds the CIFAR archive or its folder")
+    parser.add_argument("--data", metavar="DIR", help="holds the CIFAR archive or its folder, or "
+                        "train/<class>/<images> and val/<class>/<images> for imagenet")
     parser.add_argument("--model", choices=VARIANTS)
+    parser.add_argument("--finetune", metavar="FILE", help="start from these weights: a checkpoint "
+                        "or the authors'; with imagenet")
     parser.add_argument("--image-size", type=_number(int, 1), metavar="PX",
-                        help="of --summary and --bench")
+                        help="of --summary, --bench and imagenet")
     parser.add_argument("--epochs", type=_number(int, 1), metavar="N")
     parser.add_argument("--batch-size", type=_number(int, 1), metavar="N")
     parser.add_argument("--lr", type=_number(float, 1e-12), metavar="X", help="peak learning rate")
     parser.add_argument("--seed", type=_number(int, 0, 2 ** 31), metavar="N", help="default: 0")
     parser.add_argument("--augment", type=int, choices=(0, 1, 2), help="0: crop and flip; 1: and "
                         "an operation and erasing; 2: and mixing (default: by --epochs)")
+    parser.add_argument("--accumulate", type=_number(int, 1), metavar="N", default=1,
+                        help="go through a batch in N parts, to save memory")
+    parser.add_argument("--workers", type=_number(int, 0, 1024), metavar="N",
+                        help="processes that decode images (default: one a core)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--out", metavar="PATH", help="folder of a run (default: "
                         "runs/DATA-MODEL) or picture of --draw (default: points.png)")
+    parser.add_argument("--float32", action="store_true", help="also where bfloat16 is faster")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     try:
         args = parser.parse_args(arguments)
         keep_freed_memory()
         _check(args.draw is not None or not args.query, "--query goes with --draw")
         _check(args.train or not args.resume, "--resume goes with --train")
-        _check(args.summary or args.bench or args.image_size is None,
-               "--image-size goes with --summary and --bench")
-        if args.train:
-            _check(not args.checkpoint, "--train starts afresh: --checkpoint is for --eval, --draw")
-            return train(args)
-        if args.eval:
-            return evaluate_checkpoint(args)
+        _check(args.summary or args.bench or "imagenet" in (args.train, args.eval)
+               or args.image_size is None, "--image-size goes with --summary, --bench and imagenet")
+        _check(args.train == "imagenet" and not args.resume or not args.finetune,
+               "--finetune goes with --train imagenet, and not with --resume")
+        _check(not (args.train and args.checkpoint), "--checkpoint is for --eval and --draw; "
+               "--train takes --resume or --finetune")
+        if args.train or args.eval:
+            code = train(args) if args.train else evaluate_checkpoint(args)
+            if processes()[1] > 1:
+                dist.destroy_process_group()
+            return code
         if args.draw is not None:
             return draw_checkpoint(args)
         if args.summary:
@@ -1751,7 +2172,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (InputError, OSError) as error:
-        print(f"dat.py: {error}", file=sys.stderr)
+        print("dat.py:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

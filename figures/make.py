@@ -106,7 +106,7 @@ def augmentation(path):
         strength = torch.tensor([-1, -0.6, -0.3, 0.3, 0.6, 1])
         rows.append((name, dat.operate(images, torch.full((6,), kind), strength)))
     torch.manual_seed(0)
-    rows.append(("strength 0", dat.augment((images * 255).byte(), torch.eye(6), 0)[0]))
+    rows.append(("strength 0", dat.crop_and_flip(images)))
     rows.append(("strength 1", dat.augment((images * 255).byte(), torch.eye(6), 1)[0]))
     rows.append(("strength 2", dat.augment((images * 255).byte(), torch.eye(6), 2)[0]))
     figure, axes = plt.subplots(5, 3, figsize=(13, 5.2), layout="constrained")
