@@ -51,11 +51,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
+import gc
 import gzip
 import hashlib
 import http.client
 import io
-import functools
 import itertools
 import math
 import os
@@ -1329,7 +1330,7 @@ def recipe(data: str, model: str, *, batch_size: int | None = None, finetune: bo
     if data == "shapes":
         found = {"epochs": 4, "batch_size": 64, "lr": 2e-3}
     elif data != "imagenet":
-        found = {"epochs": 8, "batch_size": 128, "lr": 2e-3}
+        found = {"epochs": 6, "batch_size": 128, "lr": 2e-3}
     elif finetune:
         found = {"epochs": 30, "batch_size": 512, "lr": 2e-6, "warmup": 0.0, "floor": 1 / 20,
                  "weight_decay": 1e-8, "augment": 2}
@@ -2153,7 +2154,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.train or args.eval:
             code = train(args) if args.train else evaluate_checkpoint(args)
             if processes()[1] > 1:
-                dist.destroy_process_group()
+                gc.collect()                                    # cycles hold the group, and a group
+                dist.destroy_process_group()                    # that outlives this call aborts
             return code
         if args.draw is not None:
             return draw_checkpoint(args)

@@ -2106,7 +2106,11 @@ def together(count, *arguments, code=""):
         running.append(subprocess.Popen(
             [sys.executable, "-c", program, *map(str, arguments), "--device", "cpu"], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env))
-    found = [process.communicate(timeout=200) for process in running]
+    try:
+        found = [process.communicate(timeout=200) for process in running]
+    finally:
+        for process in running:
+            process.kill()
     return [process.returncode for process in running], *zip(*found)
 
 
@@ -2118,9 +2122,21 @@ def test_two_processes_train_as_one(tiny):
     assert codes == [0, 0], errs
     assert "test accuracy" in outs[0] and "on 2 x cpu" in outs[0] and outs[1] == ""
     assert together(1, *run, "--augment", 2, "--accumulate", 2, "--out", "one")[0] == [0]
-    plain = "test.unrandom()"
+    plain = ("test.unrandom()\n"
+             "clip = dat.nn.utils.clip_grad_norm_\n"
+             "def record(parameters, norm):\n"
+             "    parameters = list(parameters)\n"
+             "    path = os.environ['WORLD_SIZE'] + os.environ['RANK'] + '.grad'\n"
+             "    if not os.path.exists(path):\n"
+             "        dat.torch.save([p.grad for p in parameters], path)\n"
+             "    return clip(parameters, norm)\n"
+             "dat.nn.utils.clip_grad_norm_ = record")
     assert together(2, *run, "--out", "plain2", code=plain)[0] == [0, 0]
     assert together(1, *run, "--out", "plain1", code=plain)[0] == [0]
+    alone, first, second = (torch.load(f"{name}.grad") for name in ("10", "20", "21"))
+    for gradients in zip(alone, first, second, strict=True):
+        assert torch.equal(gradients[1], gradients[2])
+        close(gradients[0], gradients[1], 1e-6)
     for names, tolerance in ((("one", "two"), 1e-6), (("plain1", "plain2"), 1e-4)):
         one, two = (torch.load(f"{name}/last.pt", weights_only=True) for name in names)
         assert one["step"] == two["step"] == 10
