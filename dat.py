@@ -43,8 +43,9 @@ Departures from the paper [P] and from the authors' release at 566a593 [R]:
          ImageNet models leave off. [P]
     [D7] Weights start from PyTorch's defaults and position tables from a normal distribution of
          deviation 0.01: what the release's code amounts to; the paper does not say. [P]
-    [D8] Augmentation: one operation of random strength per image instead of RandAugment's two of
-         strength 9, erasing with uniform noise, no mixing in the last tenth of a run. [P, R]
+    [D8] Training: one operation of random strength per image instead of RandAugment's two of
+         strength 9, uniform noise in the erased box, mixing drawn for each image and none in the
+         last tenth of a run; the cosine starts where warm-up ends, not with it. [P, R]
 """
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -795,6 +796,8 @@ CIFAR = {                                                       # the official b
 }
 SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar")
 DATASETS = (*CIFAR, "shapes", "imagenet")                       # the last: any image folder
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]                            # end a run after its step
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))       # mean and deviation
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 
@@ -815,6 +818,19 @@ class InMemory:
             part = part.to(self.images.device)
             images = self.images[part] if draws is None else crop_and_flip(self.images[part])
             yield images, self.labels[part]
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """SIGNALS wait until the end of this; processes that start within never get them."""
+    if not hasattr(signal, "pthread_sigmask"):                  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(kw_only=True)
@@ -838,7 +854,11 @@ class ImageFolder:
         loader = torch.utils.data.DataLoader(
             replace(self, draws=draws), batch_sampler=parts, num_workers=self.workers,
             collate_fn=tuple, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
-        for images, labels, unreadable, seconds in loader:
+        with signals_held_back():                               # the run ends, not its workers
+            batches = iter(loader)
+        for images, labels, unreadable, seconds in batches:
+            _check(len(labels) < 4 or (labels >= 0).any(), f"{self.root}: none of {len(labels)} "
+                   f"images can be read, is it still there? {next(iter(unreadable.values()), '')}")
             for file in unreadable.keys() - self.unreadable.keys():
                 print(f"left out: {unreadable[file]}", file=sys.stderr)
             self.unreadable.update(unreadable)
@@ -874,13 +894,10 @@ class Dataset:
         return replace(self, train=train, test=test, mean=self.mean.to(device),
                        std=self.std.to(device))
 
-    def unreadable(self) -> int:
-        """How many image files could not be read so far, in all processes."""
-        folders = [half for half in (self.train, self.test) if isinstance(half, ImageFolder)]
-        for half in folders:
-            for found in gather(half.unreadable):
-                half.unreadable.update(found)
-        return sum(len(half.unreadable) for half in folders)
+    def unreadable(self) -> set[str]:
+        """The files that could not be read so far, as far as this process knows."""
+        return {file for half in (self.train, self.test) if isinstance(half, ImageFolder)
+                for file in half.unreadable}
 
     def normalise(self, images: Tensor) -> Tensor:
         """Values in [0, 1], or uint8 -> float32 of mean 0 and deviation 1 in each channel."""
@@ -916,6 +933,9 @@ def one_at_a_time(folder: Path) -> Iterator[bool]:
         except BlockingIOError:
             print(f"{folder}/: another run downloads there, waiting for it", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:                                         # a file system without such locks
+            yield False
+            return
         yield True
     finally:
         os.close(handle)
@@ -1067,11 +1087,11 @@ def open_image(path: str) -> Iterator[object]:
     """A Pillow image. Raises: InputError if it cannot be opened, or decoded within the block."""
     from PIL import Image
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("JPEG", "PNG", "BMP", "WEBP", "GIF")) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"{image.mode} pixels, expected 8 bits")
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:                                  # a stranger's file can raise any
         raise InputError(f"{path} cannot be read as an image: {error}") from None
 
 
@@ -1276,6 +1296,8 @@ class Run:
     lr: float                                                   # at its highest
     seed: int = 0
     augment: int = 0                                            # strength, see augment
+    parts: int = 1                                              # of a batch, each with its draws
+    float32: bool = False                                       # also where bfloat16 is faster
     warmup: float = 1 / 20                                      # share of the run
     floor: float = 1 / 100                                      # the last rate, in `lr`
     clip: float = 5.0                                           # largest norm of a gradient
@@ -1285,7 +1307,8 @@ class Run:
     history: list = field(default_factory=list)                 # rows of metrics.csv
 
     def __post_init__(self) -> None:
-        _check_fields(self, integers="images epochs batch_size")
+        _check_fields(self, integers="images epochs batch_size parts")
+        _check(type(self.float32) is bool, f"float32={self.float32!r} is neither True nor False")
         for name, kind, below in (
                 ("seed", int, 2 ** 31), ("step", int, 2 ** 31), ("augment", int, 3),
                 ("warmup", float, 1), ("floor", float, 1), ("lr", float, math.inf),
@@ -1294,7 +1317,8 @@ class Run:
             _check(type(value) is kind and 0 <= value < below,
                    f"{name}={value!r} is not of type {kind.__name__} from 0 to below {below}")
         _check(isinstance(self.history, list) and all(
-            isinstance(row, tuple) and len(row) == len(METRICS) for row in self.history),
+            isinstance(row, tuple) and len(row) == len(METRICS)
+            and all(type(n) in (int, float) for n in row) for row in self.history),
             f"history={self.history!r} is not a list of {METRICS}")
         _check(isinstance(self.classes, tuple), f"classes={self.classes!r} is not a tuple")
         _check(self.batch_size <= self.images, f"batch_size={self.batch_size} is more than the "
@@ -1317,6 +1341,7 @@ class Run:
 
 
 ABLATIONS = ("geometry", "offsets", "position")                 # kept from what is fine-tuned
+MINUTES = 10                                                    # longest time between checkpoints
 METRICS = ("epoch", "step", "loss", "test_accuracy", "seconds")
 
 
@@ -1352,7 +1377,7 @@ def augmentation(epochs: int) -> int:
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> float:
-    """Linear warm-up from a tenth of the last rate, then half a cosine. Source: release.
+    """Linear warm-up from a tenth of the last rate, then half a cosine from there on [D8].
 
     `floor`: the last rate as a share of the peak.
     """
@@ -1415,12 +1440,12 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
-def workers(args: argparse.Namespace) -> int:
+def worker_count(args: argparse.Namespace) -> int:
     """How many processes decode images for this one."""
     if args.workers is not None:
         return args.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def gather(value: object) -> list:
@@ -1431,9 +1456,20 @@ def gather(value: object) -> list:
     return found
 
 
+class Result(NamedTuple):
+    """Share of the test images classified right; .. among the best five; files left out so far."""
+    right: float
+    among_five: float
+    unreadable: int
+
+    def __str__(self) -> str:
+        return (f"test accuracy {self.right:.2%}, top-5 {self.among_five:.2%}"
+                + f"; unreadable images left out: {self.unreadable:,}" * (self.unreadable > 0))
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Dataset, dtype: torch.dtype) -> tuple[float, float]:
-    """Share of the test images that can be read classified right; .. among the best five.
+def evaluate(model: nn.Module, data: Dataset, dtype: torch.dtype) -> Result:
+    """What the model makes of the test images that can be read.
 
     Every process tests its part of them, in batches of 100 so that the figures repeat.
     """
@@ -1447,16 +1483,10 @@ def evaluate(model: nn.Module, data: Dataset, dtype: torch.dtype) -> tuple[float
             best = model(data.normalise(images)).topk(min(5, len(data.classes))).indices
         hits = best == labels[:, None]
         found += torch.stack([hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])
-    right, among, count = map(sum, zip(*gather(found.tolist())))
+    counts, files = zip(*gather((found.tolist(), data.unreadable())))
+    right, among, count = map(sum, zip(*counts))
     _check(count, "none of the test images can be read")
-    return right / count, among / count
-
-
-def describe(right: float, among: float, data: Dataset) -> str:
-    """What evaluate found, in words."""
-    lost = data.unreadable()
-    return (f"test accuracy {right:.2%}" + f", top-5 {among:.2%}" * (len(data.classes) > 10)
-            + f"; {lost:,} images could not be read and were left out" * (lost > 0))
+    return Result(right / count, among / count, len(set().union(*files)))
 
 
 def load_checkpoint(path: str, *keys: str) -> tuple[DAT, dict]:
@@ -1545,21 +1575,26 @@ def make_folder(out: str | None, default: str) -> Path:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Signals are put on the list yielded, for the loop to end with its step; a second one acts."""
-    caught = []
+    """Puts SIGNALS on the list yielded, for the loop to end with its step.
+
+    A second Ctrl-C a second later acts at once; what is ignored already, as by nohup, stays so.
+    """
+    caught, start = [], time.monotonic()
 
     def catch(number: int, _: object) -> None:
+        nonlocal start
+        if number in caught and number == signal.SIGINT and time.monotonic() - start > 1:
+            raise KeyboardInterrupt
+        start = time.monotonic() if not caught else start
         caught.append(number)
-        signal.signal(number, before[number])
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, catch) for number in numbers}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in before.items()
+              if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, catch)
     try:
         yield caught
-    except RuntimeError:                                        # another process was stopped, too
-        if not caught:
-            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -1618,7 +1653,6 @@ def load_moments(optimizer: torch.optim.AdamW, saved: object, step: int) -> None
 def train(args: argparse.Namespace) -> int:
     """The training run of --train. Returns the exit code, 128 + signal if one came."""
     device = choose_device(args.device)
-    dtype = compute_dtype(device, args.float32)
     join_processes(device)
     rank, world = processes()
     name = args.model or default_model(args.train, device)
@@ -1626,15 +1660,20 @@ def train(args: argparse.Namespace) -> int:
     if args.resume:
         name, (model, run, moments) = "the model of last.pt", resume(args)
         size = model.config.image_size
-    data = load_dataset(args.train, args.data, size=size, workers=workers(args)).to(device)
+    data = load_dataset(args.train, args.data, size=size, workers=worker_count(args)).to(device)
     if not args.resume:
         model, run = begin(args, name, data)
     classes, images = len(data.classes), len(data.train.labels)
     _check(run.classes == data.classes and run.images == images, f"{args.out}/last.pt was trained "
            f"on {run.images:,} images of {len(run.classes)} classes, not on these {images:,} of "
            f"{classes}" + " other ones" * (classes == len(run.classes)))
-    _check(run.batch_size % (world * args.accumulate) == 0, f"--batch-size {run.batch_size} cannot "
-           f"be shared by {world} processes in --accumulate {args.accumulate} parts each")
+    accumulate = args.accumulate or (max(1, run.parts // world) if args.resume else 1)
+    if args.resume and run.parts != world * accumulate:
+        print(f"note: batches had {run.parts} parts, now {world * accumulate}: other random draws")
+    run.parts, run.float32 = world * accumulate, run.float32 or args.float32
+    dtype = compute_dtype(device, run.float32)
+    _check(run.batch_size % run.parts == 0, f"--batch-size {run.batch_size} is not divisible by "
+           f"processes times --accumulate, {world} x {accumulate}")
     model = model.to(device, memory_format=torch.channels_last)             # as the maps are
     forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
     if world > 1:
@@ -1643,7 +1682,7 @@ def train(args: argparse.Namespace) -> int:
     if args.resume:
         load_moments(optimizer, moments, run.step)
         out = Path(args.out)
-        for part in out.glob("last.pt.*.part") if rank == 0 else ():        # of a killed run
+        for part in out.glob("*.part") if rank == 0 else ():    # of a run that was killed
             part.unlink(missing_ok=True)
     else:
         out = make_folder(args.out, f"runs/{args.train}-{name}") if rank == 0 else Path()
@@ -1653,48 +1692,58 @@ def train(args: argparse.Namespace) -> int:
           f"{run.epochs} epochs of {run.per_epoch} steps, batch {run.batch_size}, lr {run.lr:g}, "
           f"augmentation {run.augment}, on {world} x {device}, {dtype}, "
           f"{f'from step {run.step} on, ' * (run.step > 0)}into {out}/  "
-          "(flags: --model --epochs --batch-size --lr --augment --device --out)")
+          "(flags: --model --epochs --batch-size --accumulate --lr --augment --device --out)")
     first, start, loss_sum = run.step, time.monotonic(), torch.tensor(run.loss, device=device)
     before = run.history[-1][-1] if run.history else 0.0        # seconds of the runs before
-    saved, shown, stop, torn = first, start, False, False       # torn: within an update
+    shown, waited, tested = start, 0.0, 0.0                     # seconds, for images and in tests
+    saved, tried, written, torn = first, -1, start, False       # torn: within an update
     bad = torch.zeros(3, device=device)                         # first bad step, its loss and norm
 
     def save() -> None:
         """Writes last.pt and metrics.csv; seed and step are the generators' whole state."""
-        nonlocal saved
-        saved = run.step                                        # what fails once is not tried again
+        nonlocal saved, tried, written
+        tried, written = run.step, time.monotonic()             # what fails once is not tried again
         number, loss, norm = bad.tolist()
         if number:
             raise InputError(f"step {number:.0f}, learning rate {run.rate(int(number) - 1):g}: "
                              f"loss {loss:g} and gradient norm {norm:g} are not finite; "
                              f"{out}/last.pt is left as it was")
-        if rank > 0:
-            return
-        run.loss, file = loss_sum.item(), io.BytesIO()
-        torch.save({**asdict(run), "mean": data.mean.cpu(), "std": data.std.cpu(),
-                    "config": asdict(model.config), "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict()}, file)
-        text = "".join(",".join(map(str, row)) + "\n" for row in (METRICS, *run.history))
-        write_atomically(out / "last.pt", lambda path: path.write_bytes(file.getbuffer()))
-        write_atomically(out / "metrics.csv", lambda path: path.write_text(text))
+        if rank == 0:
+            run.loss, file = loss_sum.item(), io.BytesIO()
+            torch.save({**asdict(run), "mean": data.mean.cpu(), "std": data.std.cpu(),
+                        "config": asdict(model.config), "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict()}, file)
+            text = "".join(",".join(map(str, row)) + "\n" for row in (METRICS, *run.history))
+            try:
+                write_atomically(out / "last.pt", lambda path: path.write_bytes(file.getbuffer()))
+                write_atomically(out / "metrics.csv", lambda path: path.write_text(text))
+            except OSError as error:
+                raise InputError(f"step {run.step} cannot be saved in {out}/ ({error}); the "
+                                 f"checkpoint of step {saved} stays") from None
+        saved = run.step
 
     with catch_signals() as caught, contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(lambda: run.step == saved or torn or save())    # also after an error
+        at_the_end.callback(lambda: run.step == tried or torn or save())    # also after an error
         save()                                                  # what is killed can be resumed
+        stop = False
         while True:
             epoch, position = divmod(run.step, run.per_epoch)
             if position == 0 and len(run.history) < epoch and not stop and not bad[0]:
-                right, among = evaluate(model, data, dtype)     # not compiled, as --eval does it
-                run.history.append((epoch, run.step, loss_sum.item() / run.per_epoch, right,
+                save()                                          # a test may take long
+                began = time.monotonic()
+                result = evaluate(model, data, dtype)           # not compiled, as --eval does it
+                tested += time.monotonic() - began
+                run.history.append((epoch, run.step, loss_sum.item() / run.per_epoch, result.right,
                                     before + time.monotonic() - start))
-                print(f"epoch {epoch}/{run.epochs}  {describe(right, among, data)}", flush=True)
+                print(f"epoch {epoch}/{run.epochs}  {result}", flush=True)
                 save()
+                stop = any(gather(bool(caught)))
             if run.step == run.steps or stop or position % 10 == 0 and bad[0]:
                 break
             if position == 0 or run.step == first:              # the same order for a resumed epoch
                 draws = torch.Generator().manual_seed(run.seed * 1_000_003 + epoch)
                 order = torch.randperm(images, generator=draws)[:run.per_epoch * run.batch_size]
-                order = order.view(run.per_epoch, args.accumulate, world, -1)
+                order = order.view(run.per_epoch, accumulate, world, -1)
                 batches = data.train.batches(list(order[position:, :, rank].flatten(0, 1)),
                                              f"{run.seed} {epoch}")
                 loss_sum = torch.zeros_like(loss_sum) if position == 0 else loss_sum
@@ -1703,19 +1752,22 @@ def train(args: argparse.Namespace) -> int:
                 group["lr"] = run.rate(run.step)
             optimizer.zero_grad(set_to_none=True)
             mean_loss = torch.zeros_like(loss_sum)
-            for part in range(args.accumulate):
-                torch.manual_seed((run.seed * 1_000_003 + run.step) * args.accumulate * world
-                                  + part * world + rank)        # all draws of a part follow from it
-                pixels, labels = (t.to(device, non_blocking=True) for t in next(batches))
+            for part in range(accumulate):
+                seed = (run.seed * 1_000_003 + run.step) * run.parts + part * world + rank
+                torch.manual_seed(seed % 2 ** 63)               # all draws of a part follow from it
+                began = time.monotonic()
+                pixels, labels = next(batches)
+                waited += time.monotonic() - began
+                pixels, labels = (t.to(device, non_blocking=True) for t in (pixels, labels))
                 targets = F.one_hot(labels.clamp(min=0), classes) * 0.9 + 0.1 / classes
                 targets *= (labels >= 0)[:, None]               # an unreadable image has no say
                 strength = run.augment if run.step < 0.9 * run.steps else min(run.augment, 1)
                 pixels, targets = augment(pixels, targets, strength)
-                last = part == args.accumulate - 1              # then gradients are exchanged
+                last = part == accumulate - 1              # then gradients are exchanged
                 with contextlib.nullcontext() if world == 1 or last else forward.no_sync():
                     with autocast(device, dtype):
                         logits = forward(data.normalise(pixels))
-                        loss = F.cross_entropy(logits, targets) / args.accumulate
+                        loss = F.cross_entropy(logits, targets) / accumulate
                     loss.backward()
                 mean_loss += loss.detach()
             stop = bool(caught)
@@ -1731,10 +1783,13 @@ def train(args: argparse.Namespace) -> int:
             bad = torch.where((bad[0] == 0) & ~norm.isfinite(), found, bad)
 
             now = time.monotonic()
+            if now - written > MINUTES * 60:
+                save()
             if run.step % run.per_epoch == 0 or now - shown > 10:
-                shown, speed = now, (run.step - first) / (now - start)
+                shown, speed = now, (run.step - first) / (now - start - tested)
                 accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
-                decoding = (f" ({data.train.decoded / data.train.seconds:,.0f} decoded by a core)"
+                decoding = (f" ({waited / (now - start - tested):.0%} of the time waiting; a core "
+                            f"decodes {data.train.decoded / data.train.seconds:,.0f})"
                             if isinstance(data.train, ImageFolder) else "")
                 print(f"epoch {epoch + 1}/{run.epochs}  step {run.step}/{run.steps}  loss "
                       f"{mean_loss.item():.3f}  batch accuracy {accuracy:.1%}  "
@@ -1742,7 +1797,7 @@ def train(args: argparse.Namespace) -> int:
                       f"{(run.steps - run.step) / speed:.0f} s left", flush=True)
     gather(None)                                                # none ends before all is saved
     if caught:
-        print(f"signal {caught[0]}: stopped after step {run.step}, saved in {out}/last.pt")
+        print(f"signal {caught[0]}: stopped after step {run.step}, {out}/last.pt has step {saved}")
     return 128 + caught[0] if caught else 0
 
 
@@ -2048,15 +2103,14 @@ def evaluate_checkpoint(args: argparse.Namespace) -> int:
     device, (model, found) = choose_device(args.device), load_checkpoint(args.checkpoint)
     join_processes(device)
     data = load_dataset(args.eval, args.data, size=args.image_size or model.config.image_size,
-                        workers=workers(args), training=False).to(device)
+                        workers=worker_count(args), training=False).to(device)
     _check(model.config.classes == len(data.classes), f"{args.checkpoint} tells apart "
            f"{model.config.classes} classes, {args.eval} has {len(data.classes)}")
     names = found.get("classes")                                # the authors' files have none
     _check(args.eval != "imagenet" or names is None or type(names) is tuple
            and names == data.classes, f"{args.checkpoint} tells apart other classes than those of "
            f"{args.data}/val")
-    print(describe(*evaluate(model.to(device), data, compute_dtype(
-        device, args.float32)), data))
+    print(evaluate(model.to(device), data, compute_dtype(device, args.float32)))
     return 0
 
 
@@ -2130,7 +2184,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=_number(int, 0, 2 ** 31), metavar="N", help="default: 0")
     parser.add_argument("--augment", type=int, choices=(0, 1, 2), help="0: crop and flip; 1: and "
                         "an operation and erasing; 2: and mixing (default: by --epochs)")
-    parser.add_argument("--accumulate", type=_number(int, 1), metavar="N", default=1,
+    parser.add_argument("--accumulate", type=_number(int, 1), metavar="N",
                         help="go through a batch in N parts, to save memory")
     parser.add_argument("--workers", type=_number(int, 0, 1024), metavar="N",
                         help="processes that decode images (default: one a core)")
@@ -2162,10 +2216,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.summary:
             return summarise(args)
         if args.bench:
-            try:
-                return benchmark(args)
-            except RuntimeError as error:                       # most of all: out of memory
-                raise InputError(f"--bench: {str(error).splitlines()[0]}") from None
+            return benchmark(args)
         _check(not (sys.argv[1:] if arguments is None else arguments),
                "nothing to do: give --train, --eval, --draw, --summary or --bench")
         parser.print_help()
@@ -2175,6 +2226,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except (InputError, OSError) as error:
         print("dat.py:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:                # no memory, a worker or peer lost
+        print(f"dat.py: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

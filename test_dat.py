@@ -1816,7 +1816,7 @@ def test_training_on_a_folder_of_images_evaluates_alike(folder):
     from PIL import Image
     code, out, err = run_cli(*FOLDER_RUN, "--epochs", 2, "--out", "o")
     assert code == 0 and "18 images to train on, 12 to test on, 3 classes" in out and not err
-    assert "dat-t" in out and "decoded by a core" in out
+    assert "dat-t" in out and "a core decodes" in out
     accuracy = re.findall(r"test accuracy [\d.]+%", out)[-1]
     assert torch.load("o/last.pt", weights_only=True)["classes"] == ("dark", "grey", "pale")
     shutil.rmtree(folder / "train")
@@ -1831,7 +1831,12 @@ def test_training_on_a_folder_of_images_evaluates_alike(folder):
 
 def test_a_run_on_a_folder_resumes_bit_for_bit(folder, monkeypatch):
     """Red if crops, order or draws depend on anything but seed, epoch and image."""
-    assert run_cli(*FOLDER_RUN, "--epochs", 2, "--augment", 2, "--out", "whole")[0] == 0
+    seen, real = [], dat.read_photo
+    with monkeypatch.context() as context:
+        context.setattr(dat, "read_photo", lambda *a: seen.append(a) or real(*a))
+        assert run_cli(*FOLDER_RUN, "--epochs", 2, "--augment", 2, "--out", "whole")[0] == 0
+    draws = [a[2] for a in seen if a[2]]
+    assert len(draws) == len(set(draws)) == 32                      # another cut in each epoch
     schedule = dat.learning_rate
 
     def failing(step, **kwargs):
@@ -1842,7 +1847,11 @@ def test_a_run_on_a_folder_resumes_bit_for_bit(folder, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr(dat, "learning_rate", failing)
         assert run_cli(*FOLDER_RUN, "--epochs", 2, "--augment", 2, "--out", "parts")[0] == 2
+    assert_input_error(run_cli(*FOLDER_RUN, "--out", "parts", "--resume", "--image-size", 16), "16")
+    Path("parts/last.pt.77.part").write_bytes(b"half")
+    Path("parts/metrics.csv.77.part").write_bytes(b"half")
     assert run_cli(*FOLDER_RUN, "--out", "parts", "--resume", "--workers", 2)[0] == 0
+    assert sorted(p.name for p in Path("parts").iterdir()) == ["last.pt", "metrics.csv"]
     one, other = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "parts"))
     assert one["step"] == 8
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
@@ -1929,7 +1938,7 @@ def test_what_cannot_be_read_is_named_counted_and_has_no_say(folder, monkeypatch
     assert code == 0, err
     for name in ("cut.JPEG", "empty.JPEG", "deep.png", "noise.JPEG"):
         assert err.count(f"{name} cannot") == 1, err
-    assert err.count("left out") == 4 and "4 images could not be read" in out
+    assert err.count("left out") == 4 and "unreadable images left out: 4" in out
     silent = 0
     for images, rows in targets:
         black = (images == 0).flatten(1).all(1)
@@ -1938,9 +1947,113 @@ def test_what_cannot_be_read_is_named_counted_and_has_no_say(folder, monkeypatch
         silent += int(black.sum())
     assert silent in (5, 6)                                         # 27 images, 3 bad, 2 epochs
     code, out, err = run_cli("--eval", "imagenet", "--data", folder, "--checkpoint", "o/last.pt")
-    assert code == 0 and "1 images could not be read" in out and err.count("noise.JPEG cannot") == 1
+    assert code == 0 and "left out: 1" in out and err.count("noise.JPEG cannot") == 1
     assert int(re.search(r"accuracy ([\d.]+)%", out)[1].replace(".", "")) in [
         round(10000 * n / 12) for n in range(13)]                   # of 12, not of 13
+
+
+def test_a_run_whose_images_vanish_stops_and_keeps_its_checkpoint(folder, monkeypatch):
+    """Red if a lost disk trains on black images, or names a million files one by one."""
+    real = dat.learning_rate
+
+    def lose(step, **kwargs):
+        if step == 6 and folder.exists():
+            folder.rename("elsewhere")
+        return real(step, **kwargs)
+
+    monkeypatch.setattr(dat, "learning_rate", lose)
+    assert_input_error(run_cli(*FOLDER_RUN, "--epochs", 3, "--out", "o"), "is it still there")
+    assert torch.load("o/last.pt", weights_only=True)["step"] == 6
+
+
+def test_a_test_of_unreadable_images_alone_is_an_error(folder):
+    """Red if a test on nothing divides by zero or reports an accuracy."""
+    for file in (folder / "val").rglob("*.JPEG"):
+        file.unlink() if file.stem != "0" else file.write_bytes(b"")
+    code, _, err = run_cli(*FOLDER_RUN, "--epochs", 1, "--out", "o")
+    assert code == 2 and "none of the test images" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error", [SyntaxError, NotImplementedError, OSError, KeyError])
+def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path, monkeypatch, error):
+    """Red if a stranger's file can end a run; formats that start other programs are not opened."""
+    from PIL import Image
+    path = photo(tmp_path / "a.png")
+    Image.open(path).save(tmp_path / "b.eps")
+    with pytest.raises(ValueError, match="b.eps cannot be read"):
+        dat.read_photo(str(tmp_path / "b.eps"), 8)
+
+    def fail(*_):
+        raise error("odd")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(ValueError, match="a.png cannot be read.*odd"):
+        dat.read_photo(path, 8)
+
+
+def test_a_narrow_photo_is_not_squeezed(tmp_path):
+    """Red if an image in which no part of 3:4 to 4:3 fits is taken as a whole."""
+    path = photo(tmp_path / "a.png", size=(800, 4))
+    for seed in range(5):
+        red = dat.read_photo(path, 8, str(seed))[0]
+        assert int(red.max()) - int(red.min()) < 4
+
+
+def test_accuracy_counts_the_best_and_the_best_five():
+    """Red if top-5 is top-1 or counts other than the five best."""
+    class Ranks(nn.Module):
+        def forward(self, images):
+            label = (images[:, 0, 0, 0] * 255).round().long()
+            ranks = torch.arange(12.).expand(len(images), 12).neg().clone()     # class 0 is best
+            return ranks.roll(1, 1) if label.max() > 12 else ranks
+
+    half = dat.InMemory(images=torch.zeros(12, 3, 2, 2, dtype=torch.uint8), labels=torch.arange(12))
+    data = dat.Dataset(train=None, test=half, classes=tuple("abcdefghijkl"),
+                       mean=torch.zeros(3, 1, 1), std=torch.ones(3, 1, 1))
+    result = dat.evaluate(Ranks(), data, torch.float32)
+    assert result == (1 / 12, 5 / 12, 0) and "top-5 41.67%" in str(result)
+
+
+def test_signals_are_noted_and_ignored_ones_stay_ignored(monkeypatch):
+    """Red if nohup is undone, a repeated signal loses the step, or a second Ctrl-C never acts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with dat.catch_signals() as caught:
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            assert caught == [15, 15, 2, 2]
+            now = time.monotonic() + 2
+            monkeypatch.setattr(dat.time, "monotonic", lambda: now)
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_to_workers_too_saves_the_step(folder):
+    """Red if workers die of the signal that the run is to end its step with."""
+    code = ("import sys, dat, test_dat as test; "
+            "dat.VARIANTS['dat-t'] = test.small_config(patch=4, image_size=32); "
+            "sys.exit(dat.main(sys.argv[1:]))")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, FOLDER_RUN), "--workers", "2", "--epochs", "9999",
+         "--out", "o"], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(HERE)}, start_new_session=True)
+    try:
+        line = "started"
+        while line and "test accuracy" not in line:
+            line = process.stdout.readline()
+        time.sleep(0.4)
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143 and err == "", (out, err)
+    step = torch.load("o/last.pt", weights_only=True)["step"]
+    assert f"stopped after step {step}, o/last.pt has step {step}" in out
 
 
 @pytest.mark.parametrize("change, words", [
@@ -2036,7 +2149,7 @@ def test_fine_tuning_resizes_tables_and_renews_a_head_of_other_classes(folder, m
     source = randomise(DAT(replace(small, geometry="release", classes=3))).float()
     publish(source, "theirs.pth")
     monkeypatch.setitem(dat.VARIANTS, "dat-b-384", larger)
-    monkeypatch.setattr(dat, "evaluate", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(dat, "evaluate", lambda *_: dat.Result(0.0, 0.0, 0))
     code, out, _ = run_cli(*FOLDER_RUN, "--finetune", "theirs.pth", "--model", "dat-b-384",
                            "--epochs", 1, "--lr", 1e-12, "--out", "o")
     assert code == 0
@@ -2162,6 +2275,20 @@ def test_a_test_shared_by_processes_counts_each_image_once(tiny):
     assert alone == 0 and codes == [0, 0, 0] and outs == (out, "", "")
 
 
+def test_two_processes_share_a_folder_and_what_cannot_be_read(folder):
+    """Red if a bad file is counted by one process alone, or the two get out of step over it."""
+    for name in ("train/dark/bad.JPEG", "val/grey/bad.JPEG", "val/pale/worse.JPEG"):
+        (folder / name).write_bytes(b"no image")
+    program = "dat.VARIANTS['dat-t'] = test.small_config(patch=4, image_size=32)"
+    codes, outs, errs = together(2, *FOLDER_RUN, "--epochs", 2, "--batch-size", 6, "--out", "o",
+                                 code=program)
+    assert codes == [0, 0] and "19 images to train on, 14 to test on" in outs[0], errs
+    assert "unreadable images left out: 3" in outs[0] and outs[1] == ""
+    assert sum(err.count("left out") for err in errs) in (2, 3, 4)  # one may not come in an epoch
+    found = torch.load("o/last.pt", weights_only=True)
+    assert found["parts"] == 2 and found["step"] == 6
+
+
 def test_a_process_that_dies_ends_all_with_its_error(tiny):
     """Red if the others wait for the dead one, or its error is lost."""
     program = (
@@ -2206,7 +2333,15 @@ def test_parts_of_a_batch_add_up_to_its_gradient(tiny, monkeypatch):
     rows = [Path(path, "metrics.csv").read_text().splitlines()[1].split(",")
             for path in ("a", "runs/cifar10-cifar-nano")]
     assert float(rows[0][2]) == pytest.approx(float(rows[1][2]), abs=1e-5)
-    assert_input_error(run_cli(*run, "--accumulate", 2), "75", "--accumulate 2")
+    assert_input_error(run_cli(*run, "--accumulate", 2), "75", "--accumulate, 1 x 2")
+    found = torch.load("runs/cifar10-cifar-nano/last.pt", weights_only=True)
+    torch.save({**found, "step": 1}, "a/last.pt")
+    code, out, _ = run_cli("--train", "cifar10", "--resume", "--out", "a")
+    assert code == 0 and "note" not in out and "float32" in out     # kept, not asked for again
+    assert torch.load("a/last.pt", weights_only=True)["parts"] == 3
+    torch.save({**found, "step": 1}, "a/last.pt")
+    code, out, _ = run_cli("--train", "cifar10", "--resume", "--out", "a", "--accumulate", 1)
+    assert code == 0 and "note: batches had 3 parts, now 1" in out
 
 
 def test_all_processes_stop_after_the_same_step(tiny):
@@ -2237,10 +2372,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(tiny):
     result = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
                             env={**os.environ, "PYTHONPATH": str(HERE)})
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert "File too large" in result.stderr
+    assert "File too large" in result.stderr and "of step 3 stays" in result.stderr
     assert [p.name for p in sorted(Path("o").iterdir())] == ["last.pt", "metrics.csv"]
     _, checkpoint = dat.load_checkpoint("o/last.pt", "step")
-    assert checkpoint["step"] == 0 and Path("o/last.pt").stat().st_size > 9000
+    assert checkpoint["step"] == 3 and Path("o/last.pt").stat().st_size > 9000
 
 
 def test_two_downloads_at_once_are_one(mirror, monkeypatch, capsys):
