@@ -2624,6 +2624,18 @@ def test_a_batch_larger_than_the_data_is_an_input_error(tiny):
     assert not Path("o").exists()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no memory\nat all"), MemoryError()])
+def test_what_pytorch_raises_is_one_line(tiny, monkeypatch, error):
+    """Red if running out of memory, or losing a worker or a peer, ends in a traceback."""
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(dat, "augment", fail)
+    result = run_cli("--train", "cifar10", "--epochs", 1, "--batch-size", 50, "--out", "o")
+    assert_input_error(result, type(error).__name__, str(error).partition("\n")[0])
+    assert Path("o/last.pt").exists()
+
+
 def test_a_missing_device_is_an_input_error(monkeypatch):
     """Red if --device cuda without CUDA fails inside PyTorch, or auto prefers it then."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
