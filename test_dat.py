@@ -1659,7 +1659,7 @@ def test_a_killed_run_is_resumed_as_if_nothing_had_been(tiny):
     code = ("import sys, dat, test_dat as test; "
             "dat.VARIANTS['cifar-nano'] = test.small_config(patch=4); "
             "sys.exit(dat.main(['--train', 'cifar10', '--device', 'cpu', *sys.argv[1:]]))")
-    made = ["--epochs", "40", "--batch-size", "30"]
+    made = ["--epochs", "25", "--batch-size", "30"]
     run = [sys.executable, "-c", code, "--out"]
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     subprocess.run([*run, "whole", *made], check=True, capture_output=True, env=environment)
@@ -1675,10 +1675,10 @@ def test_a_killed_run_is_resumed_as_if_nothing_had_been(tiny):
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         _, checkpoint = dat.load_checkpoint("o/last.pt", "step")
-        assert 0 < checkpoint["step"] < 200
+        assert 0 < checkpoint["step"] < 125
     subprocess.run([*run, "o", "--resume"], check=True, capture_output=True, env=environment)
     one, other = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "o"))
-    assert other["step"] == 200 and [row[:4] for row in one["history"]] == [
+    assert other["step"] == 125 and [row[:4] for row in one["history"]] == [
         row[:4] for row in other["history"]]
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
     assert sorted(p.name for p in Path("o").iterdir()) == ["last.pt", "metrics.csv"]
@@ -2227,26 +2227,35 @@ def together(count, *arguments, code=""):
     return [process.returncode for process in running], *zip(*found)
 
 
-def test_two_processes_train_as_one(tiny):
+def test_two_processes_train_as_one(tiny, monkeypatch):
     """Red if gradients are summed instead of averaged, a sample is seen twice or by nobody, the
     test counts one twice, two logs are written, or draws depend on more than the part."""
     run = ["--train", "cifar10", "--epochs", 2, "--batch-size", 30, "--float32"]
+    monkeypatch.setitem(dat.VARIANTS, "cifar-nano", small_config(patch=4))
     codes, outs, errs = together(2, *run, "--augment", 2, "--out", "two")
     assert codes == [0, 0], errs
     assert "test accuracy" in outs[0] and "on 2 x cpu" in outs[0] and outs[1] == ""
-    assert together(1, *run, "--augment", 2, "--accumulate", 2, "--out", "one")[0] == [0]
+    assert run_cli(*run, "--augment", 2, "--accumulate", 2, "--out", "one")[0] == 0
     plain = ("test.unrandom()\n"
              "clip = dat.nn.utils.clip_grad_norm_\n"
              "def record(parameters, norm):\n"
-             "    parameters = list(parameters)\n"
-             "    path = os.environ['WORLD_SIZE'] + os.environ['RANK'] + '.grad'\n"
+             "    parameters, path = list(parameters), os.environ['RANK'] + '.grad'\n"
              "    if not os.path.exists(path):\n"
              "        dat.torch.save([p.grad for p in parameters], path)\n"
              "    return clip(parameters, norm)\n"
              "dat.nn.utils.clip_grad_norm_ = record")
     assert together(2, *run, "--out", "plain2", code=plain)[0] == [0, 0]
-    assert together(1, *run, "--out", "plain1", code=plain)[0] == [0]
-    alone, first, second = (torch.load(f"{name}.grad") for name in ("10", "20", "21"))
+    unrandom(monkeypatch)
+    first, second = (torch.load(f"{name}.grad") for name in "01")
+    alone, clip = [], nn.utils.clip_grad_norm_
+
+    def record(parameters, norm):
+        parameters = list(parameters)
+        alone.extend(() if alone else [p.grad.clone() for p in parameters])
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", record)
+    assert run_cli(*run, "--out", "plain1")[0] == 0
     for gradients in zip(alone, first, second, strict=True):
         assert torch.equal(gradients[1], gradients[2])
         close(gradients[0], gradients[1], 1e-6)
@@ -2602,7 +2611,7 @@ VALUES = st.one_of(st.text(st.characters(exclude_characters="\x00"), max_size=6)
 FLAGS = st.sampled_from(re.findall(r'"(--[a-z0-9-]+)"', Path(dat.__file__).read_text()))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(task=st.sampled_from((["--train", "cifar10"], ["--train", "imagenet"],
                              ["--eval", "cifar100"], ["--eval", "imagenet"], ["--draw", "x.png"],
                              ["--bench"])),
