@@ -1591,6 +1591,18 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_once(tiny, monkeypatch):
     assert len(calls) == 1
 
 
+def test_a_long_epoch_is_saved_on_the_way(tiny, monkeypatch):
+    """Red if a run that is killed can lose more than the last minutes, however long an epoch is."""
+    steps, real = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda saved, file: steps.append(saved["step"])
+                        or real(saved, file))
+    for minutes, expected in ((10, [0, 3, 3]), (0, [0, 1, 2, 3, 3, 3])):
+        monkeypatch.setattr(dat, "MINUTES", minutes)
+        steps.clear()
+        assert run_cli("--train", "cifar10", "--epochs", 1, "--batch-size", 50)[0] == 0
+        assert steps == expected                                    # the last ones around the test
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, monkeypatch):
     """Red if a diverged run goes on, hides where, or overwrites its last good checkpoint."""
     real = dat.augment
