@@ -328,8 +328,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *,
     bias = None if bias is None else bias.to(q.dtype)
     fused = q.device.type != "cpu" if fused is None else fused
     if not fused:
-        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
-        return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
+        scores, scale = q @ k.transpose(2, 3), 1 / math.sqrt(q.shape[-1])
+        scores = scores * scale if bias is None else torch.add(bias, scores, alpha=scale)
+        return scores.softmax(dim=-1) @ v
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -1650,155 +1651,204 @@ def load_moments(optimizer: torch.optim.AdamW, saved: object, step: int) -> None
         raise InputError(f"last.pt: not this model's optimizer ({type(error).__name__})") from None
 
 
-def train(args: argparse.Namespace) -> int:
-    """The training run of --train. Returns the exit code, 128 + signal if one came."""
-    device = choose_device(args.device)
-    join_processes(device)
-    rank, world = processes()
-    name = args.model or default_model(args.train, device)
-    size = args.image_size or VARIANTS[name].image_size
-    if args.resume:
-        name, (model, run, moments) = "the model of last.pt", resume(args)
-        size = model.config.image_size
-    data = load_dataset(args.train, args.data, size=size, workers=worker_count(args)).to(device)
-    if not args.resume:
-        model, run = begin(args, name, data)
-    classes, images = len(data.classes), len(data.train.labels)
-    _check(run.classes == data.classes and run.images == images, f"{args.out}/last.pt was trained "
-           f"on {run.images:,} images of {len(run.classes)} classes, not on these {images:,} of "
-           f"{classes}" + " other ones" * (classes == len(run.classes)))
-    accumulate = args.accumulate or (max(1, run.parts // world) if args.resume else 1)
-    if args.resume and run.parts != world * accumulate:
-        print(f"note: batches had {run.parts} parts, now {world * accumulate}: other random draws")
-    run.parts, run.float32 = world * accumulate, run.float32 or args.float32
-    dtype = compute_dtype(device, run.float32)
-    _check(run.batch_size % run.parts == 0, f"--batch-size {run.batch_size} is not divisible by "
-           f"processes times --accumulate, {world} x {accumulate}")
-    model = model.to(device, memory_format=torch.channels_last)             # as the maps are
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
-    if world > 1:
-        forward = nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(parameter_groups(model, run.weight_decay), lr=run.lr, fused=True)
-    if args.resume:
-        load_moments(optimizer, moments, run.step)
-        out = Path(args.out)
-        for part in out.glob("*.part") if rank == 0 else ():    # of a run that was killed
-            part.unlink(missing_ok=True)
-    else:
-        out = make_folder(args.out, f"runs/{args.train}-{name}") if rank == 0 else Path()
-    print(f"{args.train}: {images:,} images to train on, {len(data.test.labels):,} to test on, "
-          f"{classes} classes\n{name}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{multiply_accumulates(model.config) / 1e6:.0f}M multiply-accumulates\n"
-          f"{run.epochs} epochs of {run.per_epoch} steps, batch {run.batch_size}, lr {run.lr:g}, "
-          f"augmentation {run.augment}, on {world} x {device}, {dtype}, "
-          f"{f'from step {run.step} on, ' * (run.step > 0)}into {out}/  "
-          "(flags: --model --epochs --batch-size --accumulate --lr --augment --device --out)")
-    first, start, loss_sum = run.step, time.monotonic(), torch.tensor(run.loss, device=device)
-    before = run.history[-1][-1] if run.history else 0.0        # seconds of the runs before
-    shown, waited, tested = start, 0.0, 0.0                     # seconds, for images and in tests
-    saved, tried, written, torn = first, -1, start, False       # torn: within an update
-    bad = torch.zeros(3, device=device)                         # first bad step, its loss and norm
+class Training:
+    """A run of --train, from its flags to its last checkpoint. Raises: InputError."""
 
-    def save() -> None:
+    def __init__(self, args: argparse.Namespace):
+        self.device = choose_device(args.device)
+        join_processes(self.device)
+        self.rank, self.world = processes()
+        name = args.model or default_model(args.train, self.device)
+        size = args.image_size or VARIANTS[name].image_size
+        if args.resume:
+            name, (model, run, moments) = "the model of last.pt", resume(args)
+            size = model.config.image_size
+        data = load_dataset(args.train, args.data, size=size, workers=worker_count(args))
+        if not args.resume:
+            model, run = begin(args, name, data)
+        classes, images = len(data.classes), len(data.train.labels)
+        _check(run.classes == data.classes and run.images == images, f"{args.out}/last.pt was "
+               f"trained on {run.images:,} images of {len(run.classes)} classes, not on these "
+               f"{images:,} of {classes}" + " other ones" * (classes == len(run.classes)))
+        self.accumulate = args.accumulate or (max(1, run.parts // self.world) if args.resume else 1)
+        parts = self.world * self.accumulate
+        if args.resume and run.parts != parts:
+            print(f"note: batches had {run.parts} parts, now {parts}: other random draws")
+        _check(run.batch_size % parts == 0, f"--batch-size {run.batch_size} is not divisible by "
+               f"processes times --accumulate, {self.world} x {self.accumulate}")
+        run.parts, run.float32 = parts, run.float32 or args.float32
+
+        self.run, self.data = run, data.to(self.device)
+        self.dtype = compute_dtype(self.device, run.float32)
+        self.model = model = model.to(self.device, memory_format=torch.channels_last)
+        self.forward = model
+        if args.compile:
+            self.forward = torch.compile(model, fullgraph=True, dynamic=False)
+        if self.world > 1:
+            self.forward = nn.parallel.DistributedDataParallel(self.forward,
+                                                               gradient_as_bucket_view=True)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, run.weight_decay), lr=run.lr,
+                                           fused=True)
+        if args.resume:
+            load_moments(self.optimizer, moments, run.step)
+            self.out = Path(args.out)
+            for part in self.out.glob("*.part") if self.rank == 0 else ():
+                part.unlink(missing_ok=True)                    # of a run that was killed
+        else:
+            default = f"runs/{args.train}-{name}"
+            self.out = make_folder(args.out, default) if self.rank == 0 else Path()
+        print(f"{args.train}: {images:,} images to train on, {len(data.test.labels):,} to test on, "
+              f"{classes} classes\n{name}: {sum(p.numel() for p in model.parameters()):,} "
+              f"parameters, {multiply_accumulates(model.config) / 1e6:.0f}M multiply-accumulates\n"
+              f"{run.epochs} epochs of {run.per_epoch} steps, batch {run.batch_size}, lr "
+              f"{run.lr:g}, augmentation {run.augment}, on {self.world} x {self.device}, "
+              f"{self.dtype}, {f'from step {run.step} on, ' * (run.step > 0)}into {self.out}/  "
+              "(flags: --model --epochs --batch-size --accumulate --lr --augment --device --out)")
+
+        self.first, self.start = run.step, time.monotonic()
+        self.before = run.history[-1][-1] if run.history else 0.0   # seconds of the runs before
+        self.waited = self.tested = 0.0                         # seconds, for images and in tests
+        self.shown = self.written = self.start
+        self.saved, self.tried = run.step, -1                   # steps
+        self.stop = self.torn = False                           # torn: within an update
+        self.loss_sum = torch.tensor(run.loss, device=self.device)
+        self.bad = torch.zeros(3, device=self.device)           # first bad step, its loss and norm
+
+    def save(self) -> None:
         """Writes last.pt and metrics.csv; seed and step are the generators' whole state."""
-        nonlocal saved, tried, written
-        tried, written = run.step, time.monotonic()             # what fails once is not tried again
-        number, loss, norm = bad.tolist()
+        run, out = self.run, self.out
+        self.tried, self.written = run.step, time.monotonic()   # what fails is not tried again
+        number, loss, norm = self.bad.tolist()
         if number:
             raise InputError(f"step {number:.0f}, learning rate {run.rate(int(number) - 1):g}: "
                              f"loss {loss:g} and gradient norm {norm:g} are not finite; "
                              f"{out}/last.pt is left as it was")
-        if rank == 0:
-            run.loss, file = loss_sum.item(), io.BytesIO()
-            torch.save({**asdict(run), "mean": data.mean.cpu(), "std": data.std.cpu(),
-                        "config": asdict(model.config), "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict()}, file)
+        if self.rank == 0:
+            run.loss, file = self.loss_sum.item(), io.BytesIO()
+            torch.save({**asdict(run), "mean": self.data.mean.cpu(), "std": self.data.std.cpu(),
+                        "config": asdict(self.model.config), "model": self.model.state_dict(),
+                        "optimizer": self.optimizer.state_dict()}, file)
             text = "".join(",".join(map(str, row)) + "\n" for row in (METRICS, *run.history))
             try:
                 write_atomically(out / "last.pt", lambda path: path.write_bytes(file.getbuffer()))
                 write_atomically(out / "metrics.csv", lambda path: path.write_text(text))
             except OSError as error:
                 raise InputError(f"step {run.step} cannot be saved in {out}/ ({error}); the "
-                                 f"checkpoint of step {saved} stays") from None
-        saved = run.step
+                                 f"checkpoint of step {self.saved} stays") from None
+        self.saved = run.step
 
-    with catch_signals() as caught, contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(lambda: run.step == tried or torn or save())    # also after an error
-        save()                                                  # what is killed can be resumed
-        stop = False
-        while True:
-            epoch, position = divmod(run.step, run.per_epoch)
-            if position == 0 and len(run.history) < epoch and not stop and not bad[0]:
-                save()                                          # a test may take long
-                began = time.monotonic()
-                result = evaluate(model, data, dtype)           # not compiled, as --eval does it
-                tested += time.monotonic() - began
-                run.history.append((epoch, run.step, loss_sum.item() / run.per_epoch, result.right,
-                                    before + time.monotonic() - start))
-                print(f"epoch {epoch}/{run.epochs}  {result}", flush=True)
-                save()
-                stop = any(gather(bool(caught)))
-            if run.step == run.steps or stop or position % 10 == 0 and bad[0]:
-                break
-            if position == 0 or run.step == first:              # the same order for a resumed epoch
-                draws = torch.Generator().manual_seed(run.seed * 1_000_003 + epoch)
-                order = torch.randperm(images, generator=draws)[:run.per_epoch * run.batch_size]
-                order = order.view(run.per_epoch, accumulate, world, -1)
-                batches = data.train.batches(list(order[position:, :, rank].flatten(0, 1)),
-                                             f"{run.seed} {epoch}")
-                loss_sum = torch.zeros_like(loss_sum) if position == 0 else loss_sum
-                model.train()
-            for group in optimizer.param_groups:
-                group["lr"] = run.rate(run.step)
-            optimizer.zero_grad(set_to_none=True)
-            mean_loss = torch.zeros_like(loss_sum)
-            for part in range(accumulate):
-                seed = (run.seed * 1_000_003 + run.step) * run.parts + part * world + rank
-                torch.manual_seed(seed % 2 ** 63)               # all draws of a part follow from it
-                began = time.monotonic()
-                pixels, labels = next(batches)
-                waited += time.monotonic() - began
-                pixels, labels = (t.to(device, non_blocking=True) for t in (pixels, labels))
-                targets = F.one_hot(labels.clamp(min=0), classes) * 0.9 + 0.1 / classes
-                targets *= (labels >= 0)[:, None]               # an unreadable image has no say
-                strength = run.augment if run.step < 0.9 * run.steps else min(run.augment, 1)
-                pixels, targets = augment(pixels, targets, strength)
-                last = part == accumulate - 1              # then gradients are exchanged
-                with contextlib.nullcontext() if world == 1 or last else forward.no_sync():
-                    with autocast(device, dtype):
-                        logits = forward(data.normalise(pixels))
-                        loss = F.cross_entropy(logits, targets) / accumulate
-                    loss.backward()
-                mean_loss += loss.detach()
-            stop = bool(caught)
-            if world > 1:                                       # all stop after the same step
-                shared = torch.stack([mean_loss, torch.full_like(mean_loss, stop)])
-                dist.all_reduce(shared)
-                mean_loss, stop = shared[0] / world, bool(shared[1])
-            norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip)
-            torn = True
-            optimizer.step()
-            run.step, loss_sum, torn = run.step + 1, loss_sum + mean_loss, False
-            found = torch.stack([torch.full_like(norm, run.step), mean_loss, norm])
-            bad = torch.where((bad[0] == 0) & ~norm.isfinite(), found, bad)
+    def test(self) -> None:
+        """Ends an epoch: tests the model, not compiled, as --eval does; saves before and after."""
+        self.save()                                             # a test may take long
+        run, began = self.run, time.monotonic()
+        result = evaluate(self.model, self.data, self.dtype)
+        now = time.monotonic()
+        self.tested += now - began
+        epoch = run.step // run.per_epoch
+        run.history.append((epoch, run.step, self.loss_sum.item() / run.per_epoch, result.right,
+                            self.before + now - self.start))
+        print(f"epoch {epoch}/{run.epochs}  {result}", flush=True)
+        self.save()
+        self.model.train()
 
-            now = time.monotonic()
-            if now - written > MINUTES * 60:
-                save()
-            if run.step % run.per_epoch == 0 or now - shown > 10:
-                shown, speed = now, (run.step - first) / (now - start - tested)
-                accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
-                decoding = (f" ({waited / (now - start - tested):.0%} of the time waiting; a core "
-                            f"decodes {data.train.decoded / data.train.seconds:,.0f})"
-                            if isinstance(data.train, ImageFolder) else "")
-                print(f"epoch {epoch + 1}/{run.epochs}  step {run.step}/{run.steps}  loss "
-                      f"{mean_loss.item():.3f}  batch accuracy {accuracy:.1%}  "
-                      f"{speed * run.batch_size:,.0f} images/s{decoding}  "
-                      f"{(run.steps - run.step) / speed:.0f} s left", flush=True)
-    gather(None)                                                # none ends before all is saved
-    if caught:
-        print(f"signal {caught[0]}: stopped after step {run.step}, {out}/last.pt has step {saved}")
-    return 128 + caught[0] if caught else 0
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is left of an epoch for this process, in the order of run.seed and the epoch."""
+        run = self.run
+        epoch, position = divmod(run.step, run.per_epoch)
+        draws = torch.Generator().manual_seed(run.seed * 1_000_003 + epoch)
+        order = torch.randperm(run.images, generator=draws)[:run.per_epoch * run.batch_size]
+        order = order.view(run.per_epoch, self.accumulate, self.world, -1)
+        parts = list(order[position:, :, self.rank].flatten(0, 1))
+        return self.data.train.batches(parts, f"{run.seed} {epoch}")
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, and the share of right answers, for a part of a batch; augments it.
+
+        Labels are smoothed by 0.1; an image that could not be read, of label -1, has no say.
+        """
+        classes, run = len(self.data.classes), self.run
+        targets = F.one_hot(labels.clamp(min=0), classes) * 0.9 + 0.1 / classes
+        targets *= (labels >= 0)[:, None]
+        strength = run.augment if run.step < 0.9 * run.steps else min(run.augment, 1)
+        images, targets = augment(images, targets, strength)
+        with autocast(self.device, self.dtype):
+            logits = self.forward(self.data.normalise(images))
+            loss = F.cross_entropy(logits, targets)
+        return loss, (logits.detach().argmax(dim=1) == labels).float().mean()
+
+    def update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """One step of the optimiser. Returns loss, and accuracy on the last part of the batch."""
+        run, mean_loss = self.run, torch.zeros_like(self.loss_sum)
+        for group in self.optimizer.param_groups:
+            group["lr"] = run.rate(run.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in range(self.accumulate):
+            seed = run.seed * 1_000_003 + run.step              # all draws of a part follow from it
+            torch.manual_seed((seed * run.parts + part * self.world + self.rank) % 2 ** 63)
+            began = time.monotonic()
+            batch = next(batches)
+            self.waited += time.monotonic() - began
+            last = part == self.accumulate - 1                  # then gradients are exchanged
+            alone = self.world == 1 or last
+            with contextlib.nullcontext() if alone else self.forward.no_sync():
+                loss, accuracy = self.loss(*(t.to(self.device, non_blocking=True) for t in batch))
+                (loss / self.accumulate).backward()
+            mean_loss += loss.detach() / self.accumulate
+        self.stop = bool(self.caught)
+        if self.world > 1:                                      # all stop after the same step
+            shared = torch.stack([mean_loss, torch.full_like(mean_loss, self.stop)])
+            dist.all_reduce(shared)
+            mean_loss, self.stop = shared[0] / self.world, bool(shared[1])
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), run.clip)
+        self.torn = True
+        self.optimizer.step()
+        run.step, self.loss_sum, self.torn = run.step + 1, self.loss_sum + mean_loss, False
+        found = torch.stack([torch.full_like(norm, run.step), mean_loss, norm])
+        self.bad = torch.where((self.bad[0] == 0) & ~norm.isfinite(), found, self.bad)
+        return mean_loss, accuracy
+
+    def report(self, loss: Tensor, accuracy: Tensor) -> None:
+        """Prints a line at the end of an epoch, and every ten seconds."""
+        run, train, now = self.run, self.data.train, time.monotonic()
+        if run.step % run.per_epoch and now - self.shown <= 10:
+            return
+        self.shown, seconds = now, now - self.start - self.tested
+        speed = (run.step - self.first) / seconds
+        decoding = (f" ({self.waited / seconds:.0%} of the time waiting; a core decodes "
+                    f"{train.decoded / train.seconds:,.0f})" if isinstance(train, ImageFolder)
+                    else "")
+        print(f"epoch {cells(run.step, run.per_epoch)}/{run.epochs}  step {run.step}/{run.steps}  "
+              f"loss {loss.item():.3f}  batch accuracy {accuracy.item():.1%}  "
+              f"{speed * run.batch_size:,.0f} images/s{decoding}  "
+              f"{(run.steps - run.step) / speed:.0f} s left", flush=True)
+
+    def go(self) -> int:
+        """Trains to the end, or to a signal. Returns the exit code, 128 + signal if one came."""
+        run, batches = self.run, None
+        with catch_signals() as self.caught, contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(lambda: run.step == self.tried or self.torn or self.save())
+            self.save()                                         # what is killed can be resumed
+            self.model.train()
+            while True:
+                epoch, position = divmod(run.step, run.per_epoch)
+                if position == 0 and len(run.history) < epoch and not self.stop and not self.bad[0]:
+                    self.test()
+                    self.stop = any(gather(bool(self.caught)))
+                if run.step == run.steps or self.stop or position % 10 == 0 and self.bad[0]:
+                    break
+                if position == 0 or batches is None:
+                    batches = self.batches()
+                if position == 0:
+                    self.loss_sum = torch.zeros_like(self.loss_sum)
+                loss, accuracy = self.update(batches)
+                if time.monotonic() - self.written > MINUTES * 60:
+                    self.save()
+                self.report(loss, accuracy)
+        gather(None)                                            # none ends before all is saved
+        if self.caught:
+            print(f"signal {self.caught[0]}: stopped after step {run.step}, {self.out}/last.pt has "
+                  f"step {self.saved}")
+        return 128 + self.caught[0] if self.caught else 0
 
 
 # ============================================================ 13. pictures
@@ -2011,9 +2061,9 @@ def benchmark(args: argparse.Namespace) -> int:
             run(images)
 
     def step() -> None:
+        optimizer.zero_grad(set_to_none=True)                   # frees them for the activations
         with autocast(device, dtype):
             loss = F.cross_entropy(run(images), labels)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
@@ -2206,7 +2256,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check(not (args.train and args.checkpoint), "--checkpoint is for --eval and --draw; "
                "--train takes --resume or --finetune")
         if args.train or args.eval:
-            code = train(args) if args.train else evaluate_checkpoint(args)
+            code = Training(args).go() if args.train else evaluate_checkpoint(args)
             if processes()[1] > 1:
                 gc.collect()                                    # cycles hold the group, and a group
                 dist.destroy_process_group()                    # that outlives this call aborts

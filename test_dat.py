@@ -2113,10 +2113,10 @@ def publish(model, path, **beside):
     """Saves a model the way the authors do."""
     state = {}
     for name, (shape, ours) in dat._official_layout(model).items():
-        value = torch.zeros(shape) if ours is None else ours.detach()
-        state[name] = value.T.reshape(shape) if name.endswith("bias_table") else value.view(shape)
         if name.endswith("relative_position_bias_table"):
             state[name] = ours.detach().flatten(1).T.contiguous()
+        else:
+            state[name] = torch.zeros(shape) if ours is None else ours.detach().view(shape)
     torch.save({"model": state, **beside}, path)
 
 

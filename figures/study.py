@@ -95,8 +95,8 @@ def trained(config, seed, epochs):
     if not (out / "done").exists():
         dat.VARIANTS["study"] = config
         shutil.rmtree(out, ignore_errors=True)                  # an interrupted run's
-        code = dat.main(["--train", "shapes", "--model", "study", "--device", "cpu", "--seed",
-                         str(seed), "--epochs", str(epochs), "--out", str(out)])
+        code = dat.main(["--train", "shapes", "--model", "study", "--device", "cpu", "--float32",
+                         "--seed", str(seed), "--epochs", str(epochs), "--out", str(out)])
         if code:
             sys.exit(code)
         (out / "done").touch()
