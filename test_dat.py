@@ -1060,6 +1060,20 @@ def test_wrong_arguments_of_parts_are_named():
             model(images)
 
 
+@pytest.mark.parametrize("fields", ({}, {"geometry": "release"}, {"position": "fixed"},
+                                    {"offsets": False, "position": "none"}), ids=str)
+def test_everything_is_computed_where_its_input_is(fields):
+    """Red if a tensor is made on the CPU whatever the input's device, or if a step asks for a number
+    and so waits for the device. (meta: shapes without numbers, and nothing mixes with the CPU.)"""
+    model = dat.build("cifar", drop_path=0.5, **fields).to("meta").train()
+    images = torch.empty(4, 3, 37, 50, dtype=torch.uint8, device="meta")
+    pixels, targets = dat.augment(dat.crop_and_flip(images), images.new_empty(4, 10).float(), 2)
+    loss = F.cross_entropy(model(pixels), targets)
+    loss.backward()
+    assert loss.is_meta and all(p.grad.is_meta for p in model.parameters())
+    assert all(points.is_meta for points in model.sampling_points(pixels))
+
+
 # ============================================================ data
 
 
