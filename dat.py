@@ -328,8 +328,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *,
     bias = None if bias is None else bias.to(q.dtype)
     fused = q.device.type != "cpu" if fused is None else fused
     if not fused:
-        scores, scale = q @ k.transpose(2, 3), 1 / math.sqrt(q.shape[-1])
-        scores = scores * scale if bias is None else torch.add(bias, scores, alpha=scale)
+        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
+        if bias is not None:
+            scores += bias
         return scores.softmax(dim=-1) @ v
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -897,8 +898,7 @@ class Dataset:
 
     def unreadable(self) -> set[str]:
         """The files that could not be read so far, as far as this process knows."""
-        return {file for half in (self.train, self.test) if isinstance(half, ImageFolder)
-                for file in half.unreadable}
+        return {f for half in (self.train, self.test) for f in getattr(half, "unreadable", ())}
 
     def normalise(self, images: Tensor) -> Tensor:
         """Values in [0, 1], or uint8 -> float32 of mean 0 and deviation 1 in each channel."""
@@ -922,24 +922,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[bool]:
     """Lets in one process per folder, the others wait; true if so (Windows lets in all)."""
-    try:
-        import fcntl
-    except ImportError:
-        yield False
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}/: another run downloads there, waiting for it", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:                                         # a file system without such locks
-            yield False
-            return
-        yield True
-    finally:
-        os.close(handle)
+    with contextlib.ExitStack() as at_the_end:
+        alone = False
+        with contextlib.suppress(ImportError, OSError):         # Windows; a disk without such locks
+            import fcntl
+            handle = os.open(folder, os.O_RDONLY)
+            at_the_end.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{folder}/: another run downloads there, waiting for it", flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            alone = True
+        yield alone
 
 
 def download(url: str, target: Path, *, size: int, md5: str) -> None:
@@ -1098,8 +1093,7 @@ def open_image(path: str) -> Iterator[object]:
 
 def to_tensor(image: object) -> Tensor:
     """A Pillow image of RGB pixels -> (3, H, W) uint8."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_photo(path: str, size: int, draws: str | None = None) -> Tensor:
@@ -1281,6 +1275,9 @@ def augment(images: Tensor, targets: Tensor, strength: int) -> tuple[Tensor, Ten
 # ============================================================ 12. training
 
 FLAGS = ("epochs", "batch_size", "lr", "seed", "augment")       # those that define a run
+ABLATIONS = ("geometry", "offsets", "position")                 # kept from what is fine-tuned
+MINUTES = 10                                                    # longest time between checkpoints
+METRICS = ("epoch", "step", "loss", "test_accuracy", "seconds")
 
 
 @dataclass(kw_only=True)
@@ -1339,16 +1336,6 @@ class Run:
         """The learning rate of an update."""
         warmup = max(int(self.steps * self.warmup), min(50, self.steps // 4) * (self.warmup > 0))
         return learning_rate(step, steps=self.steps, warmup=warmup, peak=self.lr, floor=self.floor)
-
-
-ABLATIONS = ("geometry", "offsets", "position")                 # kept from what is fine-tuned
-MINUTES = 10                                                    # longest time between checkpoints
-METRICS = ("epoch", "step", "loss", "test_accuracy", "seconds")
-
-
-def default_model(data: str, device: torch.device) -> str:
-    """What is trained without --model."""
-    return "dat-t" if data == "imagenet" else "cifar" if device.type == "cuda" else "cifar-nano"
 
 
 def recipe(data: str, model: str, *, batch_size: int | None = None, finetune: bool = False) -> dict:
@@ -1589,9 +1576,8 @@ def catch_signals() -> Iterator[list[int]]:
         start = time.monotonic() if not caught else start
         caught.append(number)
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: handler for number, handler in before.items()
-              if handler not in (signal.SIG_IGN, None)}
+    before = {number: handler for number in SIGNALS
+              if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, catch)
     try:
@@ -1658,7 +1644,8 @@ class Training:
         self.device = choose_device(args.device)
         join_processes(self.device)
         self.rank, self.world = processes()
-        name = args.model or default_model(args.train, self.device)
+        small = "cifar" if self.device.type == "cuda" else "cifar-nano"
+        name = args.model or ("dat-t" if args.train == "imagenet" else small)
         size = args.image_size or VARIANTS[name].image_size
         if args.resume:
             name, (model, run, moments) = "the model of last.pt", resume(args)
@@ -1670,7 +1657,7 @@ class Training:
         _check(run.classes == data.classes and run.images == images, f"{args.out}/last.pt was "
                f"trained on {run.images:,} images of {len(run.classes)} classes, not on these "
                f"{images:,} of {classes}" + " other ones" * (classes == len(run.classes)))
-        self.accumulate = args.accumulate or (max(1, run.parts // self.world) if args.resume else 1)
+        self.accumulate = args.accumulate or max(1, run.parts // self.world)
         parts = self.world * self.accumulate
         if args.resume and run.parts != parts:
             print(f"note: batches had {run.parts} parts, now {parts}: other random draws")
@@ -1680,13 +1667,11 @@ class Training:
 
         self.run, self.data = run, data.to(self.device)
         self.dtype = compute_dtype(self.device, run.float32)
-        self.model = model = model.to(self.device, memory_format=torch.channels_last)
-        self.forward = model
-        if args.compile:
-            self.forward = torch.compile(model, fullgraph=True, dynamic=False)
+        model = model.to(self.device, memory_format=torch.channels_last)        # as the maps are
+        forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
         if self.world > 1:
-            self.forward = nn.parallel.DistributedDataParallel(self.forward,
-                                                               gradient_as_bucket_view=True)
+            forward = nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
+        self.model, self.forward = model, forward
         self.optimizer = torch.optim.AdamW(parameter_groups(model, run.weight_decay), lr=run.lr,
                                            fused=True)
         if args.resume:
@@ -1697,25 +1682,32 @@ class Training:
         else:
             default = f"runs/{args.train}-{name}"
             self.out = make_folder(args.out, default) if self.rank == 0 else Path()
-        print(f"{args.train}: {images:,} images to train on, {len(data.test.labels):,} to test on, "
-              f"{classes} classes\n{name}: {sum(p.numel() for p in model.parameters()):,} "
+        self.announce(name)
+
+        self.first, self.start = run.step, time.monotonic()
+        self.before = run.history[-1][-1] if run.history else 0.0   # seconds of the runs before
+        self.waited = self.tested = 0.0                         # seconds, for images and in tests
+        self.shown = self.written = self.start
+        self.saved = run.step if args.resume else None          # the step in last.pt
+        self.tried = -1                                         # .. and of the last attempt
+        self.caught: list[int] = []                             # signals
+        self.stop = self.torn = False                           # torn: weights between two steps
+        self.loss_sum = torch.tensor(run.loss, device=self.device)
+        self.bad = torch.zeros(3, device=self.device)           # first bad step, its loss and norm
+
+    def announce(self, name: str) -> None:
+        """Prints what runs, where it goes and which flags change it."""
+        run, model, tests = self.run, self.model, len(self.data.test.labels)
+        print(f"{run.dataset}: {run.images:,} images to train on, {tests:,} to test on, "
+              f"{len(run.classes)} classes\n{name}: {sum(p.numel() for p in model.parameters()):,} "
               f"parameters, {multiply_accumulates(model.config) / 1e6:.0f}M multiply-accumulates\n"
               f"{run.epochs} epochs of {run.per_epoch} steps, batch {run.batch_size}, lr "
               f"{run.lr:g}, augmentation {run.augment}, on {self.world} x {self.device}, "
               f"{self.dtype}, {f'from step {run.step} on, ' * (run.step > 0)}into {self.out}/  "
               "(flags: --model --epochs --batch-size --accumulate --lr --augment --device --out)")
 
-        self.first, self.start = run.step, time.monotonic()
-        self.before = run.history[-1][-1] if run.history else 0.0   # seconds of the runs before
-        self.waited = self.tested = 0.0                         # seconds, for images and in tests
-        self.shown = self.written = self.start
-        self.saved, self.tried = run.step, -1                   # steps
-        self.stop = self.torn = False                           # torn: within an update
-        self.loss_sum = torch.tensor(run.loss, device=self.device)
-        self.bad = torch.zeros(3, device=self.device)           # first bad step, its loss and norm
-
     def save(self) -> None:
-        """Writes last.pt and metrics.csv; seed and step are the generators' whole state."""
+        """Writes last.pt and metrics.csv. All that is random follows from seed and step."""
         run, out = self.run, self.out
         self.tried, self.written = run.step, time.monotonic()   # what fails is not tried again
         number, loss, norm = self.bad.tolist()
@@ -1730,15 +1722,15 @@ class Training:
                         "optimizer": self.optimizer.state_dict()}, file)
             text = "".join(",".join(map(str, row)) + "\n" for row in (METRICS, *run.history))
             try:
-                write_atomically(out / "last.pt", lambda path: path.write_bytes(file.getbuffer()))
                 write_atomically(out / "metrics.csv", lambda path: path.write_text(text))
+                write_atomically(out / "last.pt", lambda path: path.write_bytes(file.getbuffer()))
             except OSError as error:
-                raise InputError(f"step {run.step} cannot be saved in {out}/ ({error}); the "
-                                 f"checkpoint of step {self.saved} stays") from None
+                kept = f"; last.pt of step {self.saved} stays" if self.saved is not None else ""
+                raise InputError(f"{out}/ cannot take step {run.step} ({error}){kept}") from None
         self.saved = run.step
 
-    def test(self) -> None:
-        """Ends an epoch: tests the model, not compiled, as --eval does; saves before and after."""
+    def end_epoch(self) -> None:
+        """Tests the model, not compiled, as --eval does; saves before and after."""
         self.save()                                             # a test may take long
         run, began = self.run, time.monotonic()
         result = evaluate(self.model, self.data, self.dtype)
@@ -1749,19 +1741,18 @@ class Training:
                             self.before + now - self.start))
         print(f"epoch {epoch}/{run.epochs}  {result}", flush=True)
         self.save()
-        self.model.train()
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What is left of an epoch for this process, in the order of run.seed and the epoch."""
         run = self.run
         epoch, position = divmod(run.step, run.per_epoch)
         draws = torch.Generator().manual_seed(run.seed * 1_000_003 + epoch)
         order = torch.randperm(run.images, generator=draws)[:run.per_epoch * run.batch_size]
         order = order.view(run.per_epoch, self.accumulate, self.world, -1)
-        parts = list(order[position:, :, self.rank].flatten(0, 1))
-        return self.data.train.batches(parts, f"{run.seed} {epoch}")
+        parts = order[position:, :, self.rank].flatten(0, 1)
+        return self.data.train.batches(list(parts), f"{run.seed} {epoch}")
 
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def part_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy, and the share of right answers, for a part of a batch; augments it.
 
         Labels are smoothed by 0.1; an image that could not be read, of label -1, has no say.
@@ -1777,7 +1768,10 @@ class Training:
         return loss, (logits.detach().argmax(dim=1) == labels).float().mean()
 
     def update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """One step of the optimiser. Returns loss, and accuracy on the last part of the batch."""
+        """One step: rate, gradients of each part, clipping, AdamW.
+
+        Returns the loss, and the accuracy on the last part of the batch.
+        """
         run, mean_loss = self.run, torch.zeros_like(self.loss_sum)
         for group in self.optimizer.param_groups:
             group["lr"] = run.rate(run.step)
@@ -1788,10 +1782,10 @@ class Training:
             began = time.monotonic()
             batch = next(batches)
             self.waited += time.monotonic() - began
-            last = part == self.accumulate - 1                  # then gradients are exchanged
-            alone = self.world == 1 or last
-            with contextlib.nullcontext() if alone else self.forward.no_sync():
-                loss, accuracy = self.loss(*(t.to(self.device, non_blocking=True) for t in batch))
+            last = self.world == 1 or part == self.accumulate - 1       # then they are exchanged
+            with contextlib.nullcontext() if last else self.forward.no_sync():
+                batch = (t.to(self.device, non_blocking=True) for t in batch)
+                loss, accuracy = self.part_loss(*batch)
                 (loss / self.accumulate).backward()
             mean_loss += loss.detach() / self.accumulate
         self.stop = bool(self.caught)
@@ -1825,25 +1819,29 @@ class Training:
     def go(self) -> int:
         """Trains to the end, or to a signal. Returns the exit code, 128 + signal if one came."""
         run, batches = self.run, None
-        with catch_signals() as self.caught, contextlib.ExitStack() as at_the_end:
-            at_the_end.callback(lambda: run.step == self.tried or self.torn or self.save())
-            self.save()                                         # what is killed can be resumed
-            self.model.train()
-            while True:
-                epoch, position = divmod(run.step, run.per_epoch)
-                if position == 0 and len(run.history) < epoch and not self.stop and not self.bad[0]:
-                    self.test()
-                    self.stop = any(gather(bool(self.caught)))
-                if run.step == run.steps or self.stop or position % 10 == 0 and self.bad[0]:
-                    break
-                if position == 0 or batches is None:
-                    batches = self.batches()
-                if position == 0:
-                    self.loss_sum = torch.zeros_like(self.loss_sum)
-                loss, accuracy = self.update(batches)
-                if time.monotonic() - self.written > MINUTES * 60:
+        with catch_signals() as self.caught:
+            try:
+                self.save()                                     # what is killed can be resumed
+                while True:
+                    epoch, position = divmod(run.step, run.per_epoch)
+                    self.stop = self.stop or position % 10 == 0 and bool(self.bad[0])
+                    if position == 0 and len(run.history) < epoch and not self.stop:
+                        self.end_epoch()
+                        self.stop = any(gather(bool(self.caught)))
+                    if run.step == run.steps or self.stop:
+                        break
+                    if position == 0:
+                        self.loss_sum = torch.zeros_like(self.loss_sum)
+                    if position == 0 or batches is None:        # or a resumed epoch goes on
+                        batches = self.epoch_batches()
+                        self.model.train()
+                    loss, accuracy = self.update(batches)
+                    if time.monotonic() - self.written > MINUTES * 60:
+                        self.save()
+                    self.report(loss, accuracy)
+            finally:                                            # also after an error
+                if run.step != self.tried and not self.torn:
                     self.save()
-                self.report(loss, accuracy)
         gather(None)                                            # none ends before all is saved
         if self.caught:
             print(f"signal {self.caught[0]}: stopped after step {run.step}, {self.out}/last.pt has "
@@ -2109,12 +2107,11 @@ def benchmark(args: argparse.Namespace) -> int:
     for stage, config in zip(model.stages, model.config.stages):
         kinds += [(stage.down, "stem and down"), *zip(stage.blocks, config.blocks)]
     run = model.eval()
-    hooks = [module.register_forward_hook(functools.partial(clock, kind)) for module, kind in kinds]
+    for module, kind in kinds:
+        module.register_forward_hook(functools.partial(clock, kind))
     for _ in range(5):
         last[0] = time.perf_counter()
         infer()
-    for hook in hooks:
-        hook.remove()
     total = sum(spent.values())
     print("inference, not compiled, goes to "
           + ", ".join(f"{kind} {part / total:.0%}" for kind, part in sorted(spent.items())))
@@ -2156,11 +2153,10 @@ def evaluate_checkpoint(args: argparse.Namespace) -> int:
                         workers=worker_count(args), training=False).to(device)
     _check(model.config.classes == len(data.classes), f"{args.checkpoint} tells apart "
            f"{model.config.classes} classes, {args.eval} has {len(data.classes)}")
-    names = found.get("classes")                                # the authors' files have none
-    _check(args.eval != "imagenet" or names is None or type(names) is tuple
-           and names == data.classes, f"{args.checkpoint} tells apart other classes than those of "
-           f"{args.data}/val")
-    print(evaluate(model.to(device), data, compute_dtype(device, args.float32)))
+    _check(args.eval != "imagenet" or found.get("classes") in (None, data.classes),
+           f"{args.checkpoint} tells apart other classes than those of {args.data}/val")
+    float32 = args.float32 or found.get("float32") is True      # as it was trained
+    print(evaluate(model.to(device), data, compute_dtype(device, float32)))
     return 0
 
 

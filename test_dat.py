@@ -1592,17 +1592,36 @@ def test_an_interruption_at_a_bad_moment_loses_nothing(tiny, monkeypatch, moment
 
 
 def test_a_checkpoint_that_cannot_be_written_is_tried_once(tiny, monkeypatch):
-    """Red if a full disk is met again and again, or hidden."""
-    calls = []
+    """Red if a full disk is met again and again, or hidden, or the message names another step than
+    the one that last.pt holds."""
+    real, made = dat.write_atomically, ("--train", "cifar10", "--epochs", 1, "--batch-size", 50)
+    for number, (left, step, kept) in enumerate((
+            (0, 0, ""), (1, 0, ""), (2, 3, "; last.pt of step 0 stays"),
+            (4, 3, "; last.pt of step 3 stays"))):
+        calls = []
 
-    def full(path, write):
-        calls.append(path)
-        raise OSError(28, "No space left on device")
+        def full(path, write):
+            calls.append(path)
+            if len(calls) > left:
+                raise OSError(28, "No space left on device")
+            real(path, write)
 
-    monkeypatch.setattr(dat, "write_atomically", full)
-    made = ["--train", "cifar10", "--epochs", 1, "--batch-size", 50]
-    assert_input_error(run_cli(*made, "--out", "o"), "No space left")
-    assert len(calls) == 1
+        monkeypatch.setattr(dat, "write_atomically", full)
+        assert_input_error(run_cli(*made, "--out", f"o{number}"), f"o{number}/ cannot take step "
+                           f"{step} ([Errno 28] No space left on device){kept}\n")
+        assert len(calls) == left + 1
+
+
+def test_eval_computes_as_the_run_did(tiny, monkeypatch):
+    """Red if --eval of a checkpoint trained with --float32 takes bfloat16, and gives another figure."""
+    asked, real = [], dat.compute_dtype
+    monkeypatch.setattr(dat, "compute_dtype", lambda device, float32: asked.append(float32)
+                        or real(device, float32))
+    run_cli("--train", "cifar10", "--epochs", 1, "--batch-size", 50, "--float32", "--out", "o")
+    run_cli("--eval", "cifar10", "--checkpoint", "o/last.pt")
+    run_cli("--train", "cifar10", "--epochs", 1, "--batch-size", 50, "--out", "p")
+    run_cli("--eval", "cifar10", "--checkpoint", "p/last.pt")
+    assert asked == [True, True, False, False]
 
 
 def test_a_long_epoch_is_saved_on_the_way(tiny, monkeypatch):
