@@ -1612,6 +1612,23 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_once(tiny, monkeypatch):
         assert len(calls) == left + 1
 
 
+def test_metrics_hold_the_mean_loss_of_an_epoch(tiny, monkeypatch):
+    """Red if the sum of an epoch's losses runs on into the next one, or misses a part of a batch."""
+    losses, real = [], dat.Training.part_loss
+
+    def spy(*args):
+        loss, accuracy = real(*args)
+        losses.append(loss.item())
+        return loss, accuracy
+
+    monkeypatch.setattr(dat.Training, "part_loss", spy)
+    run_cli("--train", "cifar10", "--epochs", 2, "--batch-size", 50, "--accumulate", 2, "--out", "o")
+    rows = [row.split(",") for row in Path("o/metrics.csv").read_text().split()]
+    assert rows[0] == list(dat.METRICS) and [row[:2] for row in rows[1:]] == [["1", "3"], ["2", "6"]]
+    for row, part in zip(rows[1:], (losses[:6], losses[6:])):
+        assert float(row[2]) == pytest.approx(sum(part) / 6, rel=1e-5)
+
+
 def test_eval_computes_as_the_run_did(tiny, monkeypatch):
     """Red if --eval of a checkpoint trained with --float32 takes bfloat16, and gives another figure."""
     asked, real = [], dat.compute_dtype
