@@ -1063,8 +1063,8 @@ def test_wrong_arguments_of_parts_are_named():
 @pytest.mark.parametrize("fields", ({}, {"geometry": "release"}, {"position": "fixed"},
                                     {"offsets": False, "position": "none"}), ids=str)
 def test_everything_is_computed_where_its_input_is(fields):
-    """Red if a tensor is made on the CPU whatever the input's device, or if a step asks for a number
-    and so waits for the device. (meta: shapes without numbers, and nothing mixes with the CPU.)"""
+    """Red if a tensor is made on the CPU whatever the input's device, or if a step asks for a
+    number and so waits for the device. (meta: no numbers, and nothing mixes with the CPU.)"""
     model = dat.build("cifar", drop_path=0.5, **fields).to("meta").train()
     images = torch.empty(4, 3, 37, 50, dtype=torch.uint8, device="meta")
     pixels, targets = dat.augment(dat.crop_and_flip(images), images.new_empty(4, 10).float(), 2)
@@ -1613,7 +1613,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_once(tiny, monkeypatch):
 
 
 def test_metrics_hold_the_mean_loss_of_an_epoch(tiny, monkeypatch):
-    """Red if the sum of an epoch's losses runs on into the next one, or misses a part of a batch."""
+    """Red if the sum of an epoch's losses runs on into the next, or misses a part of a batch."""
     losses, real = [], dat.Training.part_loss
 
     def spy(*args):
@@ -1622,15 +1622,16 @@ def test_metrics_hold_the_mean_loss_of_an_epoch(tiny, monkeypatch):
         return loss, accuracy
 
     monkeypatch.setattr(dat.Training, "part_loss", spy)
-    run_cli("--train", "cifar10", "--epochs", 2, "--batch-size", 50, "--accumulate", 2, "--out", "o")
-    rows = [row.split(",") for row in Path("o/metrics.csv").read_text().split()]
-    assert rows[0] == list(dat.METRICS) and [row[:2] for row in rows[1:]] == [["1", "3"], ["2", "6"]]
-    for row, part in zip(rows[1:], (losses[:6], losses[6:])):
+    run_cli("--train", "cifar10", "--epochs", 2, "--batch-size", 50, "--accumulate", 2, "--out",
+            "o")
+    names, *rows = (row.split(",") for row in Path("o/metrics.csv").read_text().split())
+    assert names == list(dat.METRICS) and [row[:2] for row in rows] == [["1", "3"], ["2", "6"]]
+    for row, part in zip(rows, (losses[:6], losses[6:])):
         assert float(row[2]) == pytest.approx(sum(part) / 6, rel=1e-5)
 
 
 def test_eval_computes_as_the_run_did(tiny, monkeypatch):
-    """Red if --eval of a checkpoint trained with --float32 takes bfloat16, and gives another figure."""
+    """Red if --eval of a checkpoint trained with --float32 takes bfloat16: another figure."""
     asked, real = [], dat.compute_dtype
     monkeypatch.setattr(dat, "compute_dtype", lambda device, float32: asked.append(float32)
                         or real(device, float32))
