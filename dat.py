@@ -82,7 +82,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
@@ -428,9 +427,8 @@ class WindowAttention(nn.Module):
         x = F.pad(x, (0, 0, *outside)) if any(outside) else x
         x = x.roll((-up, -left), (1, 2)) if up or left else x
 
-        qkv = self.qkv(x).view(B, rows, h, columns, w, 3, M, C // M).unbind(5)
-        q, k, v = (t.permute(0, 1, 3, 5, 2, 4, 6).reshape(
-            B * rows * columns // n, n * M, h * w, C // M) for t in qkv)
+        qkv = self.qkv(x).view(B, rows, h, columns, w, 3, M, C // M).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = qkv.reshape(3, B * rows * columns // n, n * M, h * w, C // M)
         z = attend(q, k, v, bias.flatten(0, 1)[None])
         z = z.reshape(B, rows, columns, M, h, w, C // M).permute(0, 1, 4, 2, 5, 3, 6)
         z = z.reshape(B, rows * h, columns * w, C)
@@ -580,27 +578,6 @@ class DeformableAttention(nn.Module):
 # ============================================================ 8. block, stage, DAT
 
 
-class MLP(nn.Module):
-    """Two layers with GELU between them. Paper: Eq. 5. Shape: (..., C) -> the same.
-
-    Training computes GELU again in the backward pass: what it gives is as large as what it takes,
-    the two largest tensors of a block, and only one is kept.
-    """
-
-    def __init__(self, *, dim: int, hidden: int):
-        super().__init__()
-        self.expand, self.contract = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, z: Tensor) -> Tensor:
-        def rest(z: Tensor) -> Tensor:
-            return self.contract(F.gelu(z))
-
-        z = self.expand(z)
-        if not self.training:
-            return rest(z)
-        return checkpoint(rest, z, use_reentrant=False, preserve_rng_state=False)
-
-
 class Block(nn.Module):
     """z' = attention(LN(z)) + z, z'' = MLP(LN(z')) + z'. Paper: Eq. 4 and 5.
 
@@ -611,7 +588,8 @@ class Block(nn.Module):
         super().__init__()
         self.attention, self.rate = attention, drop_path
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp = MLP(dim=dim, hidden=hidden)
+        self.mlp = nn.Sequential(OrderedDict(
+            expand=nn.Linear(dim, hidden), gelu=nn.GELU(), contract=nn.Linear(hidden, dim)))
 
     def forward(self, z: Tensor) -> Tensor:
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z

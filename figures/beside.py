@@ -4,8 +4,8 @@
     DIR: a checkout of github.com/LeapLabTHU/DAT at 566a593; it needs einops. (What it takes of timm
     is stood in for below, so that timm need not be there.)
 
-Each figure is from a process of its own, the two in turn, batch 8 of 224 px. Each runs as its own
-training program does: this file keeps freed memory and forgets gradients before the forward pass.
+Each figure is from a process of its own, the two in turn, batch 8 of 224 px, one loop for both. As in
+its own program, dat.py keeps freed memory and has AdamW fused; the release does neither.
 """
 import argparse
 import resource
@@ -65,26 +65,21 @@ def measure(folder, who, task, dtype):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=ours)
     images, labels, times = torch.randn(8, 3, 224, 224), torch.randint(1000, (8,)), []
 
-    def forward():
+    def infer():
+        with torch.inference_mode(), dat.autocast(images.device, getattr(torch, dtype)):
+            model(images)
+
+    def step():
+        optimizer.zero_grad()
         with dat.autocast(images.device, getattr(torch, dtype)):
             found = model(images)
-            return F.cross_entropy(found if ours else found[0], labels)
+            loss = F.cross_entropy(found if ours else found[0], labels)
+        loss.backward()
+        optimizer.step()
 
     for _ in range(10 if task == "inference" else 7):
         start = time.perf_counter()
-        if task == "inference":
-            with torch.inference_mode():
-                forward()
-        else:
-            if ours:
-                optimizer.zero_grad()
-            loss = forward()
-            if not ours:
-                optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if ours:                                            # it ends with a function there
-                del loss
+        infer() if task == "inference" else step()
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     print(8 / median(times[2:]), peak)                          # the first two warm up
