@@ -4,8 +4,8 @@
     DIR: a checkout of github.com/LeapLabTHU/DAT at 566a593; it needs einops. (What it takes of timm
     is stood in for below, so that timm need not be there.)
 
-Each figure is from a process of its own, the two in turn, batch 8 of 224 px, one loop for both. As in
-its own program, dat.py keeps freed memory and has AdamW fused; the release does neither.
+Each figure is from a process of its own, the two in turn, batch 8 of 224 px, one loop for both. As
+in its own program, dat.py keeps freed memory and has AdamW fused; the release does neither.
 """
 import argparse
 import resource
@@ -77,9 +77,10 @@ def measure(folder, who, task, dtype):
         loss.backward()
         optimizer.step()
 
-    for _ in range(10 if task == "inference" else 7):
+    action, calls = (infer, 10) if task == "inference" else (step, 7)
+    for _ in range(calls):
         start = time.perf_counter()
-        infer() if task == "inference" else step()
+        action()
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     print(8 / median(times[2:]), peak)                          # the first two warm up
