@@ -99,6 +99,7 @@ CHOICES = {"stem": ("patch", "conv"), "geometry": ("paper", "release"), "offsets
            "position": ("relative", "fixed", "none")}
 CONV_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}                # patch -> strides of the two 3x3
 SCORES = 2 ** 24            # of an image's attention at a time: bounds the memory of inference
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def _check_fields(config: object, *, integers: str = "", choices: str = "") -> None:
@@ -336,6 +337,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *,
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+class Linear(nn.Linear):
+    """x W^T + b. Shape: (..., C) -> (..., C').
+
+    On a CPU as a 1x1 convolution over one row of pixels: the same products, by a library (oneDNN)
+    that does them faster than the one behind nn.Linear (tutorial.md, section 16).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not ONEDNN or x.device.type != "cpu" or x.numel() == 0:
+            return super().forward(x)
+        row = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)          # (1, C, 1, rows)
+        row = F.conv2d(row, self.weight[:, :, None, None], self.bias)
+        return row.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
 def position_table(*shape: int) -> nn.Parameter:
     """Learned biases, at first from a normal distribution of deviation 0.01 [D7]."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.01))
@@ -387,8 +403,8 @@ class WindowAttention(nn.Module):
     def __init__(self, *, dim: int, heads: int, window: int, shift: int = 0):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
         self.table = position_table(heads, 2 * window - 1, 2 * window - 1)
 
     def position_bias(self, h: int, w: int) -> Tensor:
@@ -451,7 +467,7 @@ class OffsetNetwork(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, kernel, stride, kernel // 2, groups=dim)
         self.norm = nn.LayerNorm(dim)
-        self.out = nn.Linear(dim, 2, bias=False)
+        self.out = Linear(dim, 2, bias=False)
 
     def forward(self, q: Tensor) -> Tensor:
         x = self.conv(q.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -475,7 +491,7 @@ class DeformableAttention(nn.Module):
         DATConfig(stages=(stage,), geometry=geometry, offsets=offsets, position=position)  # checks
         self.heads, self.groups, self.stride = heads, groups, stride
         self.offset_range, self.geometry, self.position = offset_range, geometry, position
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.out = (Linear(dim, dim) for _ in range(4))
         self.offset = (OffsetNetwork(dim=dim // groups, kernel=kernel, stride=stride)
                        if offsets else None)
         H, W = _pair("size", size)
@@ -589,7 +605,7 @@ class Block(nn.Module):
         self.attention, self.rate = attention, drop_path
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.mlp = nn.Sequential(OrderedDict(
-            expand=nn.Linear(dim, hidden), gelu=nn.GELU(), contract=nn.Linear(hidden, dim)))
+            expand=Linear(dim, hidden), gelu=nn.GELU(), contract=Linear(hidden, dim)))
 
     def forward(self, z: Tensor) -> Tensor:
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
@@ -1791,6 +1807,7 @@ class Training:
                 loss, accuracy = self.part_loss(*batch)
                 (loss / self.accumulate).backward()
             mean_loss += loss.detach() / self.accumulate
+            del loss                                            # its graph, amid the freed memory
         self.stop = bool(self.caught)
         if self.world > 1:                                      # all stop after the same step
             shared = torch.stack([mean_loss, torch.full_like(mean_loss, self.stop)])
@@ -2048,6 +2065,8 @@ def benchmark(args: argparse.Namespace) -> int:
     cuda = device.type == "cuda"
     _check(device.type != "mps", "--bench measures cpu and cuda, not mps")
     B, size = args.batch_size or (128 if cuda else 8), args.image_size or VARIANTS[name].image_size
+    parts = args.accumulate or 1
+    _check(B % parts == 0, f"--batch-size {B} cannot be gone through in --accumulate {parts} parts")
     torch.manual_seed(args.seed or 0)
     model = build(name, image_size=size).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-5, fused=True)
@@ -2063,9 +2082,11 @@ def benchmark(args: argparse.Namespace) -> int:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)                   # frees them for the activations
-        with autocast(device, dtype):
-            loss = F.cross_entropy(run(images), labels)
-        loss.backward()
+        for x, y in zip(images.chunk(parts), labels.chunk(parts)):
+            with autocast(device, dtype):
+                loss = F.cross_entropy(run(x), y) / parts
+            loss.backward()
+            del loss                                            # see Training.update
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
 
@@ -2084,7 +2105,7 @@ def benchmark(args: argparse.Namespace) -> int:
     hardware = (torch.cuda.get_device_name() if cuda else
                 f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
     row = "{:14}{:>9}  {:22}{:>8}{:>9}{:>13}".format
-    print(f"{name}, batch {B}, {size} px, {hardware}, {dtype}, torch {torch.__version__}"
+    print(f"{name}, batch {B}{f' (in {parts} parts)' * (parts > 1)}, {size} px, {hardware}, {dtype}, torch {torch.__version__}"
           f"{', compiled' * args.compile}\nceiling, a product of {square.shape[1]} x "
           f"{square.shape[1]} matrices: {ceiling:.3g} TFLOP/s\n"
           + row("median of 7", "images/s", "slowest .. fastest", "TFLOP/s", "share", "peak"))

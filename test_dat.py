@@ -906,6 +906,27 @@ def test_attention_never_runs_on_cudnn(monkeypatch):
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 4), (2, 3, 5, 4), (0, 3, 4)])
+@pytest.mark.parametrize("bias, dtype, tolerance", [
+    (True, torch.float32, 1e-5), (True, torch.float64, 1e-14), (False, torch.float64, 1e-14)])
+def test_linear_is_the_layer_of_pytorch(shape, bias, dtype, tolerance):
+    """Red if the 1x1 convolution parts from nn.Linear in values or gradients, for rows in any
+    layout, or if there are none."""
+    torch.manual_seed(0)
+    layer, plain = (kind(4, 6, bias=bias, dtype=dtype) for kind in (dat.Linear, torch.nn.Linear))
+    plain.load_state_dict(layer.state_dict())
+    x = random_input(*shape).to(dtype)
+    for x in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+        found = []
+        for run in (layer, plain):
+            leaf = x.detach().requires_grad_()
+            y = run(leaf)
+            assert y.shape == (*shape[:-1], 6)
+            found.append([y, *torch.autograd.grad(y.sin().sum(), [leaf, *run.parameters()])])
+        for one, other in zip(*found):
+            close(one.detach(), other.detach(), tolerance)
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_both_forms_of_attention_agree(with_bias):
     """Red if the formula, used on CPUs, and PyTorch's kernels, used elsewhere, part in values or
@@ -2738,13 +2759,15 @@ def test_summary_adds_up():
 
 def test_benchmark_reports_every_figure(tiny):
     """Red if --bench leaves out a row or a unit, or fails on a device, a size or a batch."""
-    code, out, _ = run_cli("--bench", "--model", "cifar-nano", "--batch-size", 3, "--image-size",
-                           20, "--device", "cpu")
+    code, out, _ = run_cli("--bench", "--model", "cifar-nano", "--batch-size", 6, "--accumulate", 2,
+                           "--image-size", 20, "--device", "cpu")
     assert code == 0, out
-    for word in ("batch 3, 20 px", "CPU", str(dat.compute_dtype(torch.device("cpu"))),
+    for word in ("batch 6 (in 2 parts), 20 px", "CPU", str(dat.compute_dtype(torch.device("cpu"))),
                  torch.__version__, "inference", "ceiling",
                  "training step", "images/s", "TFLOP/s", "GiB", "L ", "S ", "D ", "head", "stem"):
         assert word in out, word
+    assert_input_error(run_cli("--bench", "--batch-size", 3, "--accumulate", 2, "--device", "cpu"),
+                       "--batch-size 3", "--accumulate 2")
     assert_input_error(run_cli("--train", "cifar10", "--image-size", 20), "--image-size")
     assert_input_error(run_cli("--summary", "--image-size", "1" + "0" * 400), "--image-size")
 

@@ -4,8 +4,9 @@
     DIR: a checkout of github.com/LeapLabTHU/DAT at 566a593; it needs einops. (What it takes of timm
     is stood in for below, so that timm need not be there.)
 
-Each figure is from a process of its own, the two in turn, batch 8 of 224 px, one loop for both. As
-in its own program, dat.py keeps freed memory and has AdamW fused; the release does neither.
+Each is a process of its own; these make a call in turn, so that what else the machine does meets all
+alike. Batch 8 of 224 px, one loop for all. As in its own program, dat.py keeps freed memory and has
+AdamW fused; the release does neither. "halves": dat.py's step in two parts (--accumulate 2).
 """
 import argparse
 import resource
@@ -54,9 +55,10 @@ def release(folder):
         use_conv_patches=False, drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.2)
 
 
-def measure(folder, who, task, dtype):
-    """Prints images per second, and the largest memory of the process in GiB."""
-    ours = who == "here"
+def serve(folder, who, task, dtype):
+    """For each line of standard input one call: prints its images per second and the largest memory
+    of the process so far in GiB."""
+    ours, parts = who != "release", 2 if who == "halves" else 1
     if ours:
         dat.keep_freed_memory()
     torch.manual_seed(0)
@@ -71,19 +73,35 @@ def measure(folder, who, task, dtype):
 
     def step():
         optimizer.zero_grad()
-        with dat.autocast(images.device, getattr(torch, dtype)):
-            found = model(images)
-            loss = F.cross_entropy(found if ours else found[0], labels)
-        loss.backward()
+        for x, y in zip(images.chunk(parts), labels.chunk(parts)):
+            with dat.autocast(images.device, getattr(torch, dtype)):
+                found = model(x)
+                loss = F.cross_entropy(found if ours else found[0], y) / parts
+            loss.backward()
+            del found, loss
         optimizer.step()
 
-    action, calls = (infer, 10) if task == "inference" else (step, 7)
-    for _ in range(calls):
+    for _ in sys.stdin:
         start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    print(8 / median(times[2:]), peak)                          # the first two warm up
+        infer() if task == "inference" else step()
+        speed = 8 / (time.perf_counter() - start)
+        print(speed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, flush=True)
+
+
+def compare(folder, task, dtype, calls):
+    """For each program: images per second, median, and the largest memory."""
+    programs = {who: subprocess.Popen([sys.executable, __file__, folder, "--one", who, task, dtype],
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                for who in ("release", "here", "halves")[:2 + (task == "training")]}
+    found = {who: [] for who in programs}
+    for _ in range(calls):
+        for who, program in programs.items():
+            print(file=program.stdin, flush=True)
+            found[who].append([*map(float, program.stdout.readline().split())])
+    for program in programs.values():
+        program.communicate()
+    return {who: (median(speed for speed, _ in rows[2:]), rows[-1][1])      # two warm up
+            for who, rows in found.items()}
 
 
 def main():
@@ -93,22 +111,20 @@ def main():
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        return measure(args.folder, *args.one)
+        return serve(args.folder, *args.one)
     found = {}
     for _ in range(args.rounds):
-        for task in ("inference", "training"):
+        for task, calls in (("inference", 12), ("training", 9)):
             for dtype in ("float32", "bfloat16"):
-                for who in ("release", "here"):
-                    out = subprocess.run([sys.executable, __file__, args.folder, "--one", who, task,
-                                          dtype], capture_output=True, text=True, check=True).stdout
-                    found.setdefault((task, dtype, who), []).append([*map(float, out.split())])
+                for who, row in compare(args.folder, task, dtype, calls).items():
+                    found.setdefault((task, dtype, who), []).append(row)
     print(f"median of {args.rounds} rounds (smallest to largest), torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads")
     for (task, dtype, who), rows in found.items():
         speeds, peaks = zip(*rows)
         print(f"{task:9} {dtype:8} {who:7} {median(speeds):6.1f} images/s ({min(speeds):.1f} to "
               f"{max(speeds):.1f}), {median(peaks):.2f} GiB ({min(peaks):.2f} to {max(peaks):.2f})")
-        if who == "here":
+        if who != "release":
             theirs = found[task, dtype, "release"]
             faster, larger = zip(*((b[0] / a[0], b[1] / a[1]) for a, b in zip(theirs, rows)))
             print(f"    ratio in a round: {median(faster):.2f} ({min(faster):.2f} to "
