@@ -4,9 +4,9 @@
     DIR: a checkout of github.com/LeapLabTHU/DAT at 566a593; it needs einops. (What it takes of timm
     is stood in for below, so that timm need not be there.)
 
-Each is a process of its own; these make a call in turn, so that what else the machine does meets all
-alike. Batch 8 of 224 px, one loop for all. As in its own program, dat.py keeps freed memory and has
-AdamW fused; the release does neither. "halves": dat.py's step in two parts (--accumulate 2).
+Each is a process of its own; these make a call in turn, so that noise meets all alike. Batch 8 of
+224 px, one loop for all. As in its own program, dat.py keeps freed memory and has AdamW fused; the
+release does neither. "halves": dat.py's step in two parts (--accumulate 2).
 """
 import argparse
 import resource
