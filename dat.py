@@ -2106,8 +2106,8 @@ def benchmark(args: argparse.Namespace) -> int:
                 f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
     row = "{:14}{:>9}  {:22}{:>8}{:>9}{:>13}".format
     print(f"{name}, batch {B}{f' (in {parts} parts)' * (parts > 1)}, {size} px, {hardware}, {dtype}"
-          f", torch {torch.__version__}{', compiled' * args.compile}\nceiling, a product of {square.shape[1]} x "
-          f"{square.shape[1]} matrices: {ceiling:.3g} TFLOP/s\n"
+          f", torch {torch.__version__}{', compiled' * args.compile}\nceiling, a product of "
+          f"{square.shape[1]} x {square.shape[1]} matrices: {ceiling:.3g} TFLOP/s\n"
           + row("median of 7", "images/s", "slowest .. fastest", "TFLOP/s", "share", "peak"))
     for label, action, factor in (("inference", infer, 1), ("training step", step, 3)):
         model.train(factor == 3)
