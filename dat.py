@@ -1807,7 +1807,7 @@ class Training:
                 loss, accuracy = self.part_loss(*batch)
                 (loss / self.accumulate).backward()
             mean_loss += loss.detach() / self.accumulate
-            del loss                                            # its graph, amid the freed memory
+            del loss                                            # its graph, before the next part
         self.stop = bool(self.caught)
         if self.world > 1:                                      # all stop after the same step
             shared = torch.stack([mean_loss, torch.full_like(mean_loss, self.stop)])
@@ -2086,7 +2086,7 @@ def benchmark(args: argparse.Namespace) -> int:
             with autocast(device, dtype):
                 loss = F.cross_entropy(run(x), y) / parts
             loss.backward()
-            del loss                                            # see Training.update
+            del loss                                            # its graph, before the next part
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
 
