@@ -99,7 +99,7 @@ CHOICES = {"stem": ("patch", "conv"), "geometry": ("paper", "release"), "offsets
            "position": ("relative", "fixed", "none")}
 CONV_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}                # patch -> strides of the two 3x3
 SCORES = 2 ** 24            # of an image's attention at a time: bounds the memory of inference
-ONEDNN = torch.backends.mkldnn.is_available()
+ONEDNN = torch.backends.mkldnn.is_available() and torch.get_num_threads() > 1       # see Linear
 
 
 def _check_fields(config: object, *, integers: str = "", choices: str = "") -> None:
@@ -340,8 +340,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *,
 class Linear(nn.Linear):
     """x W^T + b. Shape: (..., C) -> (..., C').
 
-    On a CPU as a 1x1 convolution over one row of pixels: the same products, by a library (oneDNN)
-    that does them faster than the one behind nn.Linear (tutorial.md, section 16).
+    On several threads of a CPU as a 1x1 convolution over one row of pixels: the same products, but
+    PyTorch has them done by another library, oneDNN, and faster (tutorial.md, section 16).
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -906,25 +906,43 @@ def test_attention_never_runs_on_cudnn(monkeypatch):
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
-@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 4), (2, 3, 5, 4), (0, 3, 4)])
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 4), (2, 3, 5, 4), (0, 3, 4), (2, 900, 16)])
 @pytest.mark.parametrize("bias, dtype, tolerance", [
-    (True, torch.float32, 1e-5), (True, torch.float64, 1e-14), (False, torch.float64, 1e-14)])
-def test_linear_is_the_layer_of_pytorch(shape, bias, dtype, tolerance):
+    (True, torch.float32, 1e-5), (True, torch.float64, 1e-12), (False, torch.float64, 1e-12)])
+def test_linear_is_the_layer_of_pytorch(shape, bias, dtype, tolerance, monkeypatch):
     """Red if the 1x1 convolution parts from nn.Linear in values or gradients, for rows in any
-    layout, or if there are none."""
+    layout, or if there are none. (oneDNN takes float32 of more than 20,480 numbers.)"""
     torch.manual_seed(0)
-    layer, plain = (kind(4, 6, bias=bias, dtype=dtype) for kind in (dat.Linear, torch.nn.Linear))
+    layer, plain = (kind(shape[-1], 24, bias=bias, dtype=dtype)
+                    for kind in (dat.Linear, torch.nn.Linear))
     plain.load_state_dict(layer.state_dict())
     x = random_input(*shape).to(dtype)
     for x in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
         found = []
-        for run in (layer, plain):
+        for run, onednn in ((plain, True), (layer, True), (layer, False)):
+            monkeypatch.setattr(dat, "ONEDNN", onednn)
             leaf = x.detach().requires_grad_()
             y = run(leaf)
-            assert y.shape == (*shape[:-1], 6)
-            found.append([y, *torch.autograd.grad(y.sin().sum(), [leaf, *run.parameters()])])
-        for one, other in zip(*found):
-            close(one.detach(), other.detach(), tolerance)
+            assert y.shape == (*shape[:-1], 24)
+            found.append([y, *torch.autograd.grad(y.sin().sum() / 1e3, [leaf, *run.parameters()])])
+        for one, *others in zip(*found):
+            for other in others:
+                close(one.detach(), other.detach(), tolerance)
+
+
+def test_linear_layers_are_convolutions_by_onednn(monkeypatch):
+    """Red if a layer of the model but its head, or many rows of float32, go another way."""
+    assert [n for n, m in dat.build("cifar-nano").named_modules()
+            if type(m) is torch.nn.Linear] == ["head"]
+    monkeypatch.setattr(dat, "ONEDNN", torch.backends.mkldnn.is_available())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.autograd.profiler.profile() as profile:
+            dat.Linear(16, 24)(torch.randn(2, 900, 16))
+    finally:
+        torch.set_num_threads(threads)
+    assert ("aten::mkldnn_convolution" in {e.name for e in profile.function_events}) == dat.ONEDNN
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
