@@ -65,7 +65,7 @@ def serve(folder, who, task, dtype):
     model = dat.build("dat-t") if ours else release(folder)
     model.train(task == "training")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=ours)
-    images, labels, times = torch.randn(8, 3, 224, 224), torch.randint(1000, (8,)), []
+    images, labels = torch.randn(8, 3, 224, 224), torch.randint(1000, (8,))
 
     def infer():
         with torch.inference_mode(), dat.autocast(images.device, getattr(torch, dtype)):
