@@ -52,6 +52,13 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def heeded_interrupts():
+    """A shell's background jobs ignore Ctrl-C, and so would the programs started here."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 # ============================================================ helpers
 
 
