@@ -4,20 +4,15 @@
 # ///
 """DAT in one file: Vision Transformer with Deformable Attention (Xia et al., CVPR 2022).
 
-    python dat.py --train shapes  # generated images, no download: two minutes on two cores
-    python dat.py --train cifar10  # downloads the archive once, trains, reports test accuracy
-    pytest  # the properties, and parity with reference_numpy.py
+    python dat.py --train shapes      # generated images, no download: two minutes on two cores
+    python dat.py --train cifar10     # downloads the archive once, trains, reports test accuracy
+    pytest                            # the properties, and parity with reference_numpy.py
 
 Paper: https://arxiv.org/abs/2201.00520. Where its equations are computed:
 
-    (1)-(3)  multi-head attention          attend; the modules below call it
-    (4)-(5)  pre-norm transformer block    Block.forward
-    (6)      q, k~, v~                     DeformableAttention.project
-    (7)      offsets, s tanh, points       OffsetNetwork, DeformableAttention.points
-    (8)      bilinear sampling phi         bilinear_sample
-    (9)      relative position bias        DeformableAttention.position_bias
-    (10)     cost of one attention         lab/cost.py
-    Sec. 3.3 the network                   DAT, Projection;  Tab. 1: VARIANTS
+    (1)-(3) attend    (4)-(5) Block.forward    (6) DeformableAttention.project
+    (7) OffsetNetwork, DeformableAttention.points    (8) bilinear_sample
+    (9) DeformableAttention.position_bias    (10) lab/cost.py    Sec. 3.3 DAT    Tab. 1 VARIANTS
 
 Symbols. Feature maps are channels-last, (B, H, W, C), everywhere:
 
@@ -30,17 +25,15 @@ Departures from the paper [P] and from the authors' release at 566a593 [R]:
 
     [D1] geometry="paper": with r = 1 points start on whole pixels. The release's start between
          them and blur; its weights need geometry="release", which load_official sets. [R]
-    [D2] Any size: zeros fill up patches and windows at the bottom and right and are masked;
-         position tables are resized bicubically. [P, R]
+    [D2] Any image size: zeros fill up patches and windows at the bottom and right and are
+         masked; position tables are resized bicubically. [P, R]
     [D3] Shifted windows are cut at ceil(w / 2), as in the release (Swin: floor). [P]
     [D4] The offset network has the release's layer norm before GELU. [P]
     [D5] offsets=False and position="fixed" work; in the release they crash. [R]
-    [D6] stem="conv": overlapping 3x3 convolutions, which the release has but its ImageNet models
-         do not use. [P]
-    [D7] PyTorch's default weights, position tables from a normal distribution of deviation 0.01:
-         what the release's code amounts to; the paper does not say. [P]
-    [D8] RandAugment without random magnitude, no mixing in the last tenth of a run, a cosine that
-         starts where warm-up ends. [R]
+    [D6] stem="conv": the release's overlapping 3x3 convolutions, not used for ImageNet. [P]
+    [D7] Weights start from PyTorch's defaults, position tables at deviation 0.01. [P]
+    [D8] RandAugment without random magnitude, no mixing in the last tenth of a run, a cosine
+         that starts where warm-up ends. [R]
 """
 from __future__ import annotations
 
@@ -147,8 +140,8 @@ class DATConfig:
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path!r} is not from 0 to below 1")
         if self.stem == "conv" and (self.patch not in CONV_STRIDES or stages[0].dim % 2):
-            raise ValueError(f"stem='conv' with patch={self.patch}, dim={stages[0].dim} of the "
-                             "first stage: patch must be 1, 2 or 4 and dim even")
+            raise ValueError(f"stem='conv' with patch={self.patch}, dim={stages[0].dim}: patch "
+                             "must be 1, 2 or 4 and dim even")
 
     def map_sizes(self, image_size: int | Sequence[int] | None = None) -> list[tuple[int, int]]:
         """(H, W) of the map of each stage for an image of `image_size` (default: configured)."""
@@ -157,27 +150,24 @@ class DATConfig:
         return [(ceil_div(H, cell), ceil_div(W, cell)) for cell in cells]
 
 
-def make_stages(dim: int, heads: int, blocks: tuple, groups: tuple, window: int = 7) -> tuple:
+def _variant(dim: int, heads: int, blocks: tuple, groups: tuple, window: int, **rest) -> DATConfig:
     """Widths and heads double from stage to stage, kernels are 9, 7, 5, 3. Paper: Tab. 1."""
-    return tuple(StageConfig(dim=dim * 2 ** i, heads=heads * 2 ** i, blocks=letters,
-                             groups=groups[i], kernel=2 * (len(blocks) - i) + 1, window=window)
-                 for i, letters in enumerate(blocks))
+    return DATConfig(**rest, stages=tuple(
+        StageConfig(dim=dim * 2 ** i, heads=heads * 2 ** i, blocks=letters, groups=groups[i],
+                    kernel=2 * (len(blocks) - i) + 1, window=window)
+        for i, letters in enumerate(blocks)))
 
 
 TINY, DEEP = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
 NARROW, WIDE = (None, None, 3, 6), (None, None, 4, 8)  # groups
-VARIANTS = {  # in the paper's geometry; published weights: [D1]
-    "dat-t": DATConfig(stages=make_stages(96, 3, TINY, NARROW), drop_path=0.2),
-    "dat-s": DATConfig(stages=make_stages(96, 3, DEEP, NARROW), drop_path=0.3),
-    "dat-b": DATConfig(stages=make_stages(128, 4, DEEP, WIDE), drop_path=0.5),
-    "dat-b-384": DATConfig(stages=make_stages(128, 4, DEEP, WIDE, 12), drop_path=0.5,
-                           image_size=384),
-    # For images of 32 px: half-width DAT-T on maps of 32 to 4 px; a small one for a CPU, 8 to 2.
-    "cifar": DATConfig(stages=make_stages(48, 3, TINY, NARROW, 4), image_size=32, patch=1,
-                       stem="conv", classes=10, drop_path=0.1),
-    "cifar-nano": DATConfig(stages=make_stages(48, 3, ("LSD", "LDLD", "LD"), (3, 3, 6), 4),
-                            image_size=32, patch=4, stem="conv", classes=10),
-}
+SMALL = {"image_size": 32, "stem": "conv", "classes": 10}
+VARIANTS = {  # in the paper's geometry; published weights need the release's [D1]
+    "dat-t": _variant(96, 3, TINY, NARROW, 7, drop_path=0.2),
+    "dat-s": _variant(96, 3, DEEP, NARROW, 7, drop_path=0.3),
+    "dat-b": _variant(128, 4, DEEP, WIDE, 7, drop_path=0.5),
+    "dat-b-384": _variant(128, 4, DEEP, WIDE, 12, drop_path=0.5, image_size=384),
+    "cifar": _variant(48, 3, TINY, NARROW, 4, patch=1, drop_path=0.1, **SMALL),  # half of DAT-T
+    "cifar-nano": _variant(48, 3, ("LSD", "LDLD", "LD"), (3, 3, 6), 4, **SMALL)}  # for a CPU
 
 
 def build(variant: str, **overrides: object) -> DAT:
@@ -416,7 +406,7 @@ class DeformableAttention(nn.Module):
         points = self.points(q)  # (B, G, Hk, Wk, 2) yx, px
         maps = x.permute(0, 3, 1, 2).reshape(B * G, C // G, H, W)
         sampled = bilinear_sample(maps, points.flatten(0, 1))  # (B G, C / G, Hk, Wk)
-        sampled = sampled.flatten(2).view(B, C, -1).transpose(1, 2)  # x~: (B, K, C)
+        sampled = sampled.flatten(2).unflatten(0, (B, G)).flatten(1, 2).transpose(1, 2)  # (B, K, C)
         k, v = self.k(sampled), self.v(sampled)
         q, k, v = (t.unflatten(2, (M, -1)).transpose(1, 2) for t in (q.flatten(1, 2), k, v))
         return q, k, v, points
@@ -470,7 +460,7 @@ class DAT(nn.Module):
         else:
             self.stem = Projection(3, dim, kernel=patch, stride=patch)
         depth = sum(len(stage.blocks) for stage in config.stages)
-        rates = iter(torch.linspace(0, config.drop_path, depth, dtype=torch.float64).tolist())
+        rates = iter([config.drop_path * i / max(depth - 1, 1) for i in range(depth)])
         self.stages = nn.ModuleList()
         for i, stage in enumerate(config.stages):
             down = nn.Identity() if i == 0 else Projection(
@@ -488,7 +478,7 @@ class DAT(nn.Module):
         return self.stem(images.permute(0, 2, 3, 1))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The maps (B, C_i, H_i, W_i) after the stages, for a detector; H_i = ceil(H / (patch 2^i))."""
+        """The maps (B, C_i, H_i, W_i) after the stages: a feature pyramid for a detector."""
         x, maps = self.embed(images), []
         for stage in self.stages:
             x = stage.down(x)
@@ -638,13 +628,12 @@ def read_image(path: str) -> object:
 
 def load_dataset(name: str, data: str | None, train: bool) -> tuple[Sequence, tuple[str, ...]]:
     """(image, label) pairs of the training or test half, and the classes. Raises: InputError."""
-    if name == "shapes":  # 10,000 or 2,000
-        images, labels = map(torch.cat, zip(*(
-            make_shapes(2_000, seed=seed)[:2] for seed in (range(1, 6) if train else [0]))))
+    if name == "shapes":
+        images, labels, _ = make_shapes(10_000 if train else 2_000, seed=int(train))
         return list(zip(images, labels.tolist())), SHAPES
     from torchvision import datasets
     root, cifar = Path(data or "data"), getattr(datasets, name.upper(), None)
-    wanted = (f"{cifar.filename} or {cifar.base_folder}/, from {cifar.url}," if cifar else
+    wanted = (f"{cifar.filename} or {cifar.base_folder}/ from {cifar.url}" if cifar else
               "train/<class>/<images> and val/<class>/<images>")
     try:
         if data and not root.is_dir():
@@ -652,16 +641,15 @@ def load_dataset(name: str, data: str | None, train: bool) -> tuple[Sequence, tu
         found = (cifar(root, train, download=True) if cifar else
                  datasets.ImageFolder(root / ("train" if train else "val"), loader=read_image))
     except Exception as error:  # files from outside can raise any
-        raise InputError(f"{root}/ does not hold {name} ({error}): put {wanted} there (--data), or "
-                         "try --train shapes, which needs no files") from None
+        raise InputError(f"--data {root} has no {name} ({error}): put {wanted} there, or try "
+                         "--train shapes, which needs no files") from None
     return found, tuple(found.classes)
 
 
 class Parts(torch.utils.data.Dataset):
     """Parts of batches: (seed, indices) -> images (b, 3, size, size), normalised, labels (b,).
 
-    A part's draws follow from its seed, whichever process makes it. `augment` None: as for a
-    test; 0: crop and flip; 1: RandAugment and erasing too.
+    All draws follow from the seed. `augment` None: test; 0: crop, flip; 1: RandAugment, erasing.
     """
     def __init__(self, name: str, samples: Sequence, size: int, augment: int | None):
         from torchvision.transforms import InterpolationMode, v2
@@ -679,46 +667,38 @@ class Parts(torch.utils.data.Dataset):
         self.samples, self.transform = samples, v2.Compose(steps)
 
     def __getitem__(self, part: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
-        seed, indices = part
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            images, labels = zip(*(self.samples[i] for i in indices))
+            torch.manual_seed(part[0])
+            images, labels = zip(*(self.samples[i] for i in part[1]))
             return torch.stack([self.transform(i) for i in images]), torch.tensor(labels)
 
     def load(self, parts: list, workers: int) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(self, batch_size=None, sampler=parts,
-                                           num_workers=workers, pin_memory=torch.cuda.is_available())
+        return torch.utils.data.DataLoader(self, None, sampler=parts, num_workers=workers,
+                                           pin_memory=torch.cuda.is_available())
 
 
 # ============================================================ 9. training
-PROGRESS = ("epoch", "loss", "seconds", "history")  # of a run, in its checkpoint
+RECIPES = {  # epochs, batch, highest rate (imagenet: for a batch of 512), warm-up as a share of the
+    "shapes": (4, 64, 2e-3, 0.05, 0.01, 5.0, 0.05),  # run, last / highest rate, clip, weight decay
+    "shapes, cifar": (20, 256, 1e-3, 0.05, 0.01, 5.0, 0.05),  # the second name is the model's
+    "cifar": (6, 128, 2e-3, 0.05, 0.01, 5.0, 0.05),
+    "cifar, cifar": (300, 256, 1e-3, 0.05, 0.01, 5.0, 0.05),
+    "imagenet": (300, 1024, 5e-4, 20 / 300, 0.01, 5.0, 0.05),  # the release's, as the two below
+    "imagenet, dat-b": (300, 1024, 4e-4, 50 / 300, 1 / 80, 1.0, 0.05),
+    "imagenet, fine-tuning": (30, 512, 2e-6, 0.0, 0.05, 5.0, 1e-8)}
 
 
 def make_recipe(args: argparse.Namespace, model: str) -> dict:
-    """What defines a run: what suits data set and model, for imagenet the release's; then flags.
-
-    batch_size: of an update, in all processes; parts: of a batch, processes times --accumulate.
-    lr: the highest; warmup: share of the run; floor: last rate / lr; clip: of the gradient's norm.
-    """
-    found = {"warmup": 1 / 20, "floor": 1 / 100, "clip": 5.0, "weight_decay": 0.05}
-    if args.train == "imagenet":
-        found |= {"epochs": 300, "batch_size": 1024, "lr": 5e-4, "warmup": 20 / 300}
-        if args.checkpoint:  # fine-tuning
-            found |= {"epochs": 30, "batch_size": 512, "lr": 2e-6, "warmup": 0.0, "floor": 1 / 20,
-                      "weight_decay": 1e-8}
-        elif model.startswith("dat-b"):
-            found |= {"lr": 4e-4, "warmup": 50 / 300, "floor": 1 / 80, "clip": 1.0}
-        found["lr"] *= (args.batch_size or found["batch_size"]) / 512
-    elif model == "cifar":  # for a GPU
-        found |= {"epochs": 20 if args.train == "shapes" else 300, "batch_size": 256, "lr": 1e-3}
-    elif args.train == "shapes":
-        found |= {"epochs": 4, "batch_size": 64, "lr": 2e-3}
-    else:
-        found |= {"epochs": 6, "batch_size": 128, "lr": 2e-3}
-    flags = {flag: getattr(args, flag) for flag in ("epochs", "batch_size", "lr")}
-    return found | {flag: value for flag, value in flags.items() if value is not None} | {
-        "train": args.train, "model": model, "seed": args.seed or 0, "float32": args.float32,
-        "parts": processes()[1] * (args.accumulate or 1)}
+    """What defines a run: the flags, and RECIPES for what they leave open."""
+    photos, data = args.train == "imagenet", args.train.rstrip("10")
+    kind = "fine-tuning" if photos and args.checkpoint else model.removesuffix("-384")
+    names = ("epochs", "batch_size", "lr", "warmup", "floor", "clip", "weight_decay")
+    recipe = dict(zip(names, RECIPES.get(f"{data}, {kind}", RECIPES[data])))
+    recipe["lr"] *= (args.batch_size or recipe["batch_size"]) / 512 if photos else 1
+    flags = {name: value for name, value in vars(args).items() if value is not None}
+    return {name: flags.get(name, value) for name, value in recipe.items()} | {
+        "train": args.train, "model": model, "checkpoint": args.checkpoint, "seed": args.seed or 0,
+        "float32": args.float32, "parts": args.world * (args.accumulate or 1)}
 
 
 def learning_rate(step: int, *, steps: int, warmup: float, peak: float, floor: float) -> float:
@@ -747,43 +727,35 @@ def seed_of(*place: int) -> int:
     return random.Random(repr(place)).getrandbits(63)
 
 
-def autocast(device: torch.device, float32: bool) -> torch.autocast:
-    """Matrix products in bfloat16 where hardware multiplies it; weights keep their type."""
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-            device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast and not float32)
-
-
-def processes() -> tuple[int, int]:
-    """(rank of this process, how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, test: Parts, workers: int, float32: bool) -> tuple[float, float]:
+def evaluate(model: DAT, test: Parts, args: argparse.Namespace, bfloat16: bool) -> list[float]:
     """Top-1 and top-5 accuracy. Each process tests a share; no image is counted twice."""
-    model.eval()
-    (rank, world), device = processes(), model.head.weight.device
-    counts = torch.zeros(2, dtype=torch.int64, device=device)
-    parts = torch.arange(rank, len(test.samples), world).split(100)
-    for images, labels in test.load([(0, part.tolist()) for part in parts], workers):
-        with autocast(device, float32):
-            logits = model(images.to(device))
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels.to(device)[:, None]
+    device, total = next(model.parameters()).device, len(test.samples)
+    counts, model = torch.zeros(2, dtype=torch.int64, device=device), model.eval()
+    parts = torch.arange(args.rank, total, args.world).split(100)
+    for images, labels in test.load([(0, part.tolist()) for part in parts], args.workers):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            best = model(images.to(device)).topk(min(5, model.config.classes)).indices
+        hits = best == labels.to(device)[:, None]
         counts += torch.stack([hits[:, 0].sum(), hits.sum()])
-    if world > 1:
+    if args.world > 1:
         dist.all_reduce(counts)
-    top1, top5 = (counts / len(test.samples)).tolist()
-    return top1, top5
+    return (counts / total).tolist()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a temporary file and renames it: at any moment `path` is the old one or the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb", buffering=0) as file:
             file.write(content)
-            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -792,280 +764,244 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of dat.py, or {"model": weights} of the authors; runs nothing. InputError."""
+    """A checkpoint of dat.py, or {"model": weights} of the authors. Raises: InputError."""
     try:  # the authors' files hold their settings, a node of yacs, beside the weights
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             found = torch.load(path, map_location="cpu", weights_only=True)
         if "cls_head.weight" in found["model"]:
             return {"model": rename_official(found["model"])}
-        found["config"] = DATConfig(**found["config"])
-        DAT(found["config"]).load_state_dict(found["model"])
+        keys = ("model", "recipe", "optimizer", "classes", "epoch", "loss", "seconds", "history")
+        return {key: found[key] for key in keys} | {
+            "config": DATConfig(**found["config"]), "name": found["recipe"]["model"]}
     except Exception as error:  # a stranger's file can raise any
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{path}: expected a checkpoint of dat.py or the authors', got {reason}") from None
-    return found
+        raise InputError(f"{path} is no checkpoint of dat.py or the authors: {reason}") from None
 
 
-def load_for_fine_tuning(state: dict[str, Tensor], config: DATConfig) -> DAT:
-    """A model of `config` with the weights `state`; tables are resized [D2], a head of other
-    classes starts anew. Raises: InputError."""
-    model, state = DAT(config), dict(state)
-    for name, ours in model.state_dict().items():
+def load_for_fine_tuning(state: dict[str, Tensor], config: DATConfig) -> dict[str, Tensor]:
+    """Weights for `config`: tables of another size resized [D2], a head of other classes new."""
+    state = dict(state)
+    for name, ours in DAT(config).state_dict().items():
         if name in state and name.endswith("table") and ours.ndim == 3:
             state[name] = resize(state[name], ours.shape[1:])
         if name in state and name.startswith("head.") and len(state[name]) != len(ours):
             state[name] = ours
+    return state
+
+
+def load_model(args: argparse.Namespace, classes: tuple) -> tuple[DAT, dict, dict]:
+    """The model, recipe and checkpoint that the flags ask for. Raises: InputError."""
+    path = Path(args.out, "last.pt") if args.resume else args.checkpoint
+    found, photos = load_checkpoint(path) if path else {}, "imagenet" in (args.train, args.eval)
+    small, tune = "cifar" if args.device == "cuda" else "cifar-nano", args.train and not args.resume
+    name = args.model or found.get("name") or ("dat-t" if photos else small)
+    if found and not args.model and "name" not in found:
+        raise InputError(f"{path} is of the authors: choose its variant with --model")
+    if tune or "config" not in found:
+        kept = {"geometry": "release"} if found else {}
+        if "config" in found:
+            kept = {field: getattr(found["config"], field)
+                    for field in ("geometry", "offsets", "position")}
+        config = replace(VARIANTS[name], classes=len(classes), **kept,
+                         image_size=VARIANTS[name].image_size if photos else 32)
+        recipe = make_recipe(args, name) if tune else {"float32": args.float32, "seed": 0}
+    else:
+        config, recipe = found["config"], found["recipe"]
+        given = vars(args) | {"parts": args.accumulate and args.accumulate * args.world,
+                              "float32": args.float32 or None}
+        for flag in recipe if args.resume else ["model"]:
+            if given.get(flag) not in (None, recipe[flag]):
+                raise InputError(f"{path} has {flag} {recipe[flag]}, not {given[flag]}: leave that "
+                                 "flag out, or start another run")
+        if found["classes"] != classes:
+            raise InputError(f"{path} has {config.classes} classes, other ones than the data")
+    torch.manual_seed(seed_of(recipe["seed"]))
+    model, state = DAT(config), found.get("model")
     try:
-        model.load_state_dict(state)
+        if found:
+            model.load_state_dict(load_for_fine_tuning(state, config) if tune else state)
     except RuntimeError as error:
-        raise InputError("--checkpoint does not fit --model: " + " ".join(str(error).split())) from None
-    return model
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} does not fit {name}, choose by --model: {reason}") from None
+    return model, recipe, found
 
 
-def start_run(args: argparse.Namespace, device: torch.device, classes: tuple) -> tuple[DAT, dict]:
-    """Model and recipe of a new run. Raises: InputError."""
-    source = load_checkpoint(args.checkpoint) if args.checkpoint else {}
-    if source and "config" not in source and not args.model:
-        raise InputError(f"{args.checkpoint} is the authors': name its variant with --model")
-    small = "cifar" if device.type == "cuda" else "cifar-nano"
-    name = (args.model or source and source["recipe"]["model"]
-            or ("dat-t" if args.train == "imagenet" else small))
-    recipe = make_recipe(args, name)
-    size = VARIANTS[name].image_size if args.train == "imagenet" else 32
-    config = replace(VARIANTS[name], classes=len(classes), image_size=size)
-    torch.manual_seed(recipe["seed"])
-    if not source:
-        return DAT(config), recipe
-    kept = ({key: getattr(source["config"], key) for key in ("geometry", "offsets", "position")}
-            if "config" in source else {"geometry": "release"})
-    return load_for_fine_tuning(source["model"], replace(config, **kept)), recipe
-
-
-def resume_run(args: argparse.Namespace, classes: tuple) -> tuple[DAT, dict, dict]:
-    """Model, recipe and checkpoint of the run in --out. Raises: InputError."""
-    if not args.out or args.checkpoint:
-        raise InputError("--resume takes --out DIR, the folder of the run, and no --checkpoint")
-    path = Path(args.out, "last.pt")
-    found = load_checkpoint(path)
-    given = vars(args) | {"float32": args.float32 or None,
-                          "parts": args.accumulate and args.accumulate * processes()[1]}
-    for name, value in found["recipe"].items():
-        if given.get(name) not in (None, value):
-            raise InputError(f"{path} has {name} {value}, not {given[name]}: leave that flag out, "
-                             "or start another run")
-    if found["classes"] != classes:
-        raise InputError(f"{path} was trained on other classes than --data holds")
-    model = DAT(found["config"])
-    model.load_state_dict(found["model"])
-    return model, found["recipe"], found
-
-
-def make_folder(args: argparse.Namespace, model: str) -> Path:
-    """--out, new or empty but to resume; without it runs/DATA-MODEL-N, new. Raises: InputError."""
-    fresh = (Path(f"runs/{args.train}-{model}-{n}") for n in itertools.count(1))
-    out = Path(args.out) if args.out else next(path for path in fresh if not path.exists())
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be made: {error}") from None
-    if any(out.iterdir()) and not args.resume:
-        raise InputError(f"--out {out} is not empty: choose another folder, or --resume that run")
-    return out
-
-
-def train(args: argparse.Namespace, device: torch.device) -> None:
+def train(args: argparse.Namespace) -> None:
     """--train: a run, new or resumed, to its end. Raises: InputError."""
     from torchvision.transforms import v2
-    rank, world = processes()
-    if rank > 0:
+    if args.rank > 0:
         dist.barrier()  # rank 0 downloads
-    samples, classes = load_dataset(args.train, args.data, True)
-    test_samples, test_classes = load_dataset(args.train, args.data, False)
-    if rank == 0 and world > 1:
+    (samples, classes), (test_samples, test_classes) = (
+        load_dataset(args.train, args.data, half) for half in (True, False))
+    if args.rank == 0 and args.world > 1:
         dist.barrier()
     if classes != test_classes:
         alone = ", ".join(sorted(set(classes) ^ set(test_classes))[:5])
-        raise InputError(f"{args.data}: expected the same classes in train and val, not {alone} in "
-                         "one of them")
-    found = {"epoch": 0, "loss": 0.0, "seconds": 0.0, "history": []}
-    if args.resume:
-        model, recipe, found = resume_run(args, classes)
-    else:
-        model, recipe = start_run(args, device, classes)
-    run = SimpleNamespace(**recipe, **{name: found[name] for name in PROGRESS})
-    steps, photos, size = len(samples) // run.batch_size, run.train == "imagenet", model.config.image_size
-    if steps == 0 or run.batch_size % run.parts or run.parts % world:
+        raise InputError(f"--data {args.data}: train and val need the same classes, see {alone}")
+    model, recipe, found = load_model(args, classes)
+    run, device, photos = SimpleNamespace(**recipe), torch.device(args.device), args.train == "imagenet"
+    steps, size = len(samples) // run.batch_size, model.config.image_size
+    if steps == 0 or run.batch_size % run.parts or run.parts % args.world:
         raise InputError(f"--batch-size {run.batch_size}: expected at most {len(samples)} and a "
-                         f"multiple of {run.parts}, processes ({world}) times --accumulate")
+                         f"multiple of {run.parts}, processes ({args.world}) times --accumulate")
     data = Parts(run.train, samples, size, int(photos or run.epochs >= 60))
     test = Parts(run.train, test_samples, size, None)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(classes)),
                            v2.CutMix(alpha=1.0, num_classes=len(classes))])
-    mixed = 0.9 * steps * run.epochs if photos or run.epochs >= 100 else 0  # the first steps
+    mixed_steps = 0.9 * steps * run.epochs if photos or run.epochs >= 100 else 0
+    bfloat16 = has_bfloat16(device) and not run.float32
     model = model.to(device, memory_format=torch.channels_last)  # before the optimiser
     forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
-    forward = nn.parallel.DistributedDataParallel(forward) if world > 1 else forward
+    forward = nn.parallel.DistributedDataParallel(forward) if args.world > 1 else forward
     optimizer = torch.optim.AdamW(parameter_groups(model, run.weight_decay), fused=True)
+    now = {"epoch": 0, "loss": 0.0, "seconds": 0.0, "history": []}
     if args.resume:
         optimizer.load_state_dict(found["optimizer"])
-    out = make_folder(args, run.model) if rank == 0 else None
+        now = {key: found[key] for key in now}
+    new = (Path(f"runs/{run.train}-{run.model}-{n}") for n in itertools.count(1))
+    out = Path(args.out) if args.out else next(path for path in new if not path.exists())
+    if args.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not args.resume:
+            raise InputError(f"--out {out} is not empty: choose another, or --resume that run")
     print(f"{run.train}: {len(samples):,} images to train on, {len(test_samples):,} to test on, "
           f"{len(classes)} classes\n{run.model}: {sum(p.numel() for p in model.parameters()):,} "
           f"parameters; {run.epochs} epochs of {steps} steps, batch {run.batch_size}, lr {run.lr:g}"
-          f"\non {world} x {device}, {autocast(device, run.float32).fast_dtype}, into {out}/ (change "
-          "it by --model --epochs --batch-size --lr --device --float32 --out)", flush=True)
+          f"\non {args.world} x {device} in {'bfloat16' if bfloat16 else 'float32'}, into {out}/  "
+          "(flags: --model --epochs --batch-size --lr --device --float32 --out)", flush=True)
 
     def save() -> None:
-        if rank == 0:
-            rows = [("epoch", "step", "loss", "test_accuracy", "seconds"), *run.history]
-            write_atomically(out / "metrics.csv", "".join(
-                ",".join(map(str, row)) + "\n" for row in rows).encode())
-            content, (mean, std) = io.BytesIO(), STATISTICS[run.train]
+        if args.rank == 0:
+            rows = [("epoch", "step", "loss", "test_accuracy", "seconds"), *now["history"]]
+            text, content = "".join(",".join(map(str, row)) + "\n" for row in rows), io.BytesIO()
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "config": asdict(model.config), "recipe": recipe, "classes": classes,
-                        "mean": mean, "std": std, **{name: getattr(run, name) for name in PROGRESS}},
+                        "mean": STATISTICS[run.train][0], "std": STATISTICS[run.train][1], **now},
                        content)
+            write_atomically(out / "metrics.csv", text.encode())
             write_atomically(out / "last.pt", content.getvalue())
 
     save()
-    start = shown = time.monotonic() - run.seconds
+    start = shown = time.monotonic() - now["seconds"]
     while True:
-        if len(run.history) < run.epoch:  # trained, not yet tested
-            top1, top5 = evaluate(model, test, args.workers, run.float32)
-            run.seconds = time.monotonic() - start
-            run.history.append((run.epoch, run.epoch * steps, run.loss, top1, run.seconds))
-            print(f"epoch {run.epoch}/{run.epochs}  test accuracy {top1:.2%}, top-5 {top5:.2%}",
+        epoch = now["epoch"]
+        if len(now["history"]) < epoch:  # trained, not yet tested
+            top1, top5 = evaluate(model, test, args, bfloat16)
+            now["seconds"] = time.monotonic() - start
+            now["history"].append((epoch, epoch * steps, now["loss"], top1, now["seconds"]))
+            print(f"epoch {epoch}/{run.epochs}  test accuracy {top1:.2%}, top-5 {top5:.2%}",
                   flush=True)
             save()
-        if run.epoch == run.epochs:
+        if epoch == run.epochs:
             return
-        place = run.seed, run.epoch
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed_of(*place)))
-        order = order[:steps * run.batch_size].view(steps, run.parts, -1).tolist()
-        batches = iter(data.load([(seed_of(*place, step, part), order[step][part])
-                                  for step in range(steps) for part in range(rank, run.parts, world)],
-                                 args.workers))
+        draws = torch.Generator().manual_seed(seed_of(run.seed, epoch))
+        order = torch.randperm(len(samples), generator=draws)[:steps * run.batch_size]
+        order = order.view(steps, run.parts, -1).tolist()
+        parts = range(args.rank, run.parts, args.world)  # of each batch, for this process
+        batches = iter(data.load([(seed_of(run.seed, epoch, step, part), order[step][part])
+                                  for step in range(steps) for part in parts], args.workers))
         model.train()
         began, total, finite = time.monotonic(), torch.zeros((), device=device), True
         for step in range(steps):
-            done = run.epoch * steps + step
+            done = epoch * steps + step
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done, steps=run.epochs * steps, warmup=run.warmup,
                                             peak=run.lr, floor=run.floor)
             optimizer.zero_grad()
-            for part in range(rank, run.parts, world):
+            for part in parts:
                 images, labels = (t.to(device, non_blocking=True) for t in next(batches))
-                torch.manual_seed(seed_of(*place, step, part, 1))  # for mixing and drop path
-                images, labels = mix(images, labels) if done < mixed else (images, labels)
-                last = part + world >= run.parts  # processes exchange gradients once a step
-                with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
-                    with autocast(device, run.float32):
-                        loss = F.cross_entropy(forward(images), labels, label_smoothing=0.1)
-                    (loss * world / run.parts).backward()
+                torch.manual_seed(seed_of(run.seed, epoch, step, part, 1))  # mixing, drop path
+                images, labels = mix(images, labels) if done < mixed_steps else (images, labels)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                    loss = F.cross_entropy(forward(images), labels, label_smoothing=0.1)
+                (loss * args.world / run.parts).backward()
                 total += loss.detach() / run.parts
             norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip)
             optimizer.step()
             finite &= norm.isfinite() & total.isfinite()
-            now = time.monotonic()
-            if now - shown > 10 or step == steps - 1:
+            if time.monotonic() - shown > 10 or step == steps - 1:
                 if not finite:
-                    raise InputError(f"epoch {run.epoch + 1}: loss or gradient is not finite; try a "
-                                     f"lower --lr than {run.lr:g}; last.pt holds epoch {run.epoch}")
-                shown, speed = now, (step + 1) / (now - began)
-                left = ((run.epochs - run.epoch) * steps - step - 1) / speed
-                print(f"epoch {run.epoch + 1}/{run.epochs}  step {step + 1}/{steps}  loss {loss:.3f}  "
-                      f"{speed * run.batch_size:,.0f} images/s  {left:.0f} s left", flush=True)
-        if world > 1:
+                    raise InputError(f"epoch {epoch + 1}: loss or gradient is not finite: try --lr "
+                                     f"below {run.lr:g}; last.pt holds epoch {epoch}")
+                shown = time.monotonic()
+                speed, left = (step + 1) / (shown - began), run.epochs * steps - done - 1
+                print(f"epoch {epoch + 1}/{run.epochs}  step {step + 1}/{steps}  loss {loss:.3f}  "
+                      f"{speed * run.batch_size:,.0f} images/s  {left / speed:.0f} s left",
+                      flush=True)
+        if args.world > 1:
             dist.all_reduce(total)
-        run.epoch, run.loss = run.epoch + 1, total.item() / steps
-        run.seconds = time.monotonic() - start
+        now |= {"epoch": epoch + 1, "loss": total.item() / steps,
+                "seconds": time.monotonic() - start}
         save()
 
 
 # ============================================================ 10. command line
-def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
+def evaluate_checkpoint(args: argparse.Namespace) -> None:
     """--eval: prints the test accuracy of --checkpoint. Raises: InputError."""
-    if not args.checkpoint:
-        raise InputError("--eval needs --checkpoint FILE")
-    found = load_checkpoint(args.checkpoint)
-    recipe, state = found.get("recipe", {"model": args.model, "float32": False}), found["model"]
-    if args.model != recipe["model"] and (args.model or "config" not in found):
-        raise InputError(f"{args.checkpoint} holds {recipe['model'] or 'weights of the authors'}: "
-                         f"name its variant with --model, not {args.model}")
-    config = found.get("config") or replace(VARIANTS[args.model], geometry="release",
-                                            classes=len(state.get("head.weight", "")))
     samples, classes = load_dataset(args.eval, args.data, False)
-    if config.classes != len(classes) or found.get("classes", classes) != classes:
-        raise InputError(f"{args.checkpoint} has {config.classes} classes, other ones than the "
-                         f"{len(classes)} of {args.eval}")
-    model = DAT(config)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"{args.checkpoint} is not {args.model}: {' '.join(str(error).split())}") from None
-    test = Parts(args.eval, samples, config.image_size, None)
-    top1, top5 = evaluate(model.to(device), test, args.workers, args.float32 or recipe["float32"])
+    model, recipe, _ = load_model(args, classes)
+    bfloat16 = has_bfloat16(torch.device(args.device)) and not (args.float32 or recipe["float32"])
+    test = Parts(args.eval, samples, model.config.image_size, None)
+    top1, top5 = evaluate(model.to(args.device), test, args, bfloat16)
     print(f"test accuracy {top1:.2%}, top-5 {top5:.2%}")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (python dat.py --help lists the flags)")
-
-
-def at_least(low: float, kind: type = int):
-    """A converter for argparse, which names it in its errors."""
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value < 2 ** 31:
-            raise ValueError
-        return value
-    parse.__name__ = f"{kind.__name__} (expected {low:g} or more)"
-    return parse
+def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The checked flags. Mistakes end in one line and exit code 2."""
+    parser = argparse.ArgumentParser("dat.py", usage=argparse.SUPPRESS, description=(
+        "DAT. No data at hand? python dat.py --train shapes makes its own."))
+    flag = parser.add_argument
+    flag("--train", choices=STATISTICS, help="the data set; imagenet: any folder of images")
+    flag("--eval", choices=STATISTICS, help="print the test accuracy of --checkpoint")
+    flag("--checkpoint", metavar="FILE", help="last.pt or the authors': to evaluate or start from")
+    flag("--data", metavar="DIR", help="of CIFAR (default: data), or of train/ and val/<class>/")
+    flag("--model", choices=VARIANTS)
+    flag("--batch-size", type=int, help="of an update, in all processes together")
+    flag("--accumulate", type=int, help="compute a batch in so many parts")
+    flag("--workers", type=int, help="processes that load images")
+    for name, kind in ("--epochs", int), ("--lr", float), ("--seed", int):
+        flag(name, type=kind)
+    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    flag("--out", metavar="DIR", help="of the run (default: runs/DATA-MODEL-1, -2, ..)")
+    flag("--resume", action="store_true", help="go on with the run in --out")
+    flag("--float32", action="store_true", help="no bfloat16")
+    flag("--compile", action="store_true", help="torch.compile the model")
+    args = parser.parse_args(arguments)
+    for name in ("epochs", "batch_size", "lr", "accumulate", "workers"):
+        value, low = getattr(args, name), 0 if name == "workers" else 1e-12 if name == "lr" else 1
+        if value is not None and not value >= low:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected {low} or more")
+    if not args.train and not args.eval:
+        parser.print_help()
+        parser.exit()
+    if args.train and args.eval:
+        parser.error("expected --train or --eval, not both")
+    if args.eval and not args.checkpoint or args.resume and not args.out:
+        parser.error("--eval needs --checkpoint FILE, --resume needs --out DIR")
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    args.device = args.device if args.device != "auto" else "cuda" if found["cuda"] else "cpu"
+    if not found.get(args.device, True):
+        parser.error(f"--device {args.device}: PyTorch finds none here; leave the flag out")
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.workers is None:
+        args.workers = max(1, os.cpu_count() // args.world) if args.device == "cuda" else 0
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 2 for a caller's mistake, 130 for Ctrl-C."""
-    parser = Parser(prog="dat.py", description="Vision Transformer with Deformable Attention.",
-                    epilog="No data at hand? python dat.py --train shapes makes its own.")
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--train", choices=STATISTICS, help="imagenet: any folder of images")
-    task.add_argument("--eval", choices=STATISTICS, help="test accuracy of --checkpoint")
-    add = parser.add_argument
-    add("--checkpoint", metavar="FILE", help="last.pt or the authors' file: to evaluate or start from")
-    add("--data", metavar="DIR", help="of CIFAR (default: data), or of train/ and val/<class>/<images>")
-    add("--model", choices=VARIANTS)
-    add("--epochs", type=at_least(1))
-    add("--batch-size", type=at_least(1), help="of an update, in all processes together")
-    add("--lr", type=at_least(1e-12, float), help="the highest learning rate")
-    add("--seed", type=at_least(0))
-    add("--accumulate", type=at_least(1), metavar="N", help="compute a batch in N parts")
-    add("--workers", type=at_least(0), help="processes that load images")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--out", metavar="DIR", help="of the run (default: runs/DATA-MODEL-1)")
-    add("--float32", action="store_true", help="no bfloat16")
-    add("--compile", action="store_true", help="torch.compile the model")
     try:
-        args = parser.parse_args(arguments)
-        if not args.train and not args.eval:
-            parser.print_help()
-            return 0
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        if args.device == "cuda" and not cuda or args.device == "mps" and not mps:
-            raise InputError(f"--device {args.device}: PyTorch finds none here; leave the flag out")
-        name = args.device if args.device != "auto" else "cuda" if cuda else "cpu"
-        device, world = torch.device(name), int(os.environ.get("WORLD_SIZE", 1))
-        if world > 1:  # started by torchrun
-            if cuda:
+        args = read_flags(arguments)
+        if args.world > 1:  # started by torchrun
+            if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if name == "cuda" else "gloo")
-            sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
-        if args.workers is None:
-            args.workers = max(1, os.cpu_count() // world) if name == "cuda" else 0
-        (train if args.train else evaluate_checkpoint)(args, device)
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+            sys.stdout = sys.stdout if args.rank == 0 else open(os.devnull, "w")
+        train(args) if args.train else evaluate_checkpoint(args)
         return 0
-    except InputError as error:  # a loader's process wraps it: the last line is ours
+    except SystemExit as stop:
+        return stop.code
+    except (InputError, OSError) as error:  # a loader's process wraps it: the last line is ours
         print("dat.py:", str(error).splitlines()[-1].split("InputError: ")[-1], file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,125 +1,146 @@
-"""Draws the explanatory pictures of tutorial.md: python figures/make.py (from the root)."""
+"""Draws the explanatory pictures of tutorial.md into figures/.
+
+    python lab/figures.py keys sampling geometry table augmentation
+"""
+import io
 import sys
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot as plt
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
+from lab.command import Parser, run
+
+RED, BLUE, GREEN, GREY = "#cc3311", "#0072b2", "#009e73", "#b0b0b0"
 
 
-def geometries(path):
-    """Reference points of a 6 x 6 map with r = 1 and r = 2 in both geometries, and their reach."""
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.9), layout="constrained")
-    cases = [(g, r) for g in ("paper", "release") for r in (1, 2)]
-    for axis, (geometry, r) in zip(axes, cases):
-        count, length = 6 // r, 6
-        centres = dat.cell_centres(count, length, geometry=geometry, like=torch.zeros(()))
-        reach = dat.largest_offset(count, length, offset_range=2.0, geometry=geometry)
-        points = torch.cartesian_prod(centres, centres)
-        for edge in range(length + 1):
-            axis.axhline(edge - 0.5, color="0.85", lw=0.8, zorder=0)
-            axis.axvline(edge - 0.5, color="0.85", lw=0.8, zorder=0)
-        pixels = torch.cartesian_prod(*[torch.arange(length)] * 2)
-        axis.scatter(pixels[:, 1], pixels[:, 0], s=8, color="0.6", label="pixel centres")
-        axis.scatter(points[:, 1], points[:, 0], s=40, facecolors="none", edgecolors="tab:red",
-                     linewidths=1.5, label="reference points")
-        y, x = points[len(points) // 2 + count // 2].tolist() if count % 2 == 0 else \
-            points[len(points) // 2].tolist()
-        axis.add_patch(plt.Rectangle((x - reach, y - reach), 2 * reach, 2 * reach, color="tab:red",
-                                     alpha=0.15, label="reach of one point, s = 2"))
-        axis.set(title=f'"{geometry}", r = {r}: reach {reach:.2f} px', aspect="equal",
-                 xlim=(-0.6, 5.6), ylim=(5.6, -0.6))
-        axis.set_xticks(range(length))
-        axis.set_yticks(range(length))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=80)
+def subplots(rows: int, columns: int, size: tuple[float, float]):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0, colors="0.4")
+    return figure, axes
 
 
-def table(path):
-    """Why the table is 2H - 1: what three queries read for integer keys and for one between."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
-    for axis, keys in zip(axes, ((0, 1, 2), (0, 0.75, 2))):
-        for q in range(3):
-            for k, key in enumerate(keys):
-                index = q - key + 2
-                axis.plot([index], [q], "o", color=f"C{k}", markersize=9,
-                          label=f"key at {key:g}" if q == 0 else None)
-        for i in range(5):
-            axis.axvline(i, color="0.85", zorder=0)
-        axis.set(xlabel="index q - p + (H - 1) into the table, H = 3", ylabel="query q",
-                 yticks=range(3), xticks=range(5), ylim=(2.4, -1.1), xlim=(-0.3, 4.3))
-        axis.legend(fontsize=8, ncols=3, loc="upper right")
-    axes[0].set_title("keys on pixels: five integer displacements")
-    axes[1].set_title("a key at 0.75: the index falls between entries")
-    axes[1].annotate("0.75 table[3] + 0.25 table[4]", (3.25, 2), (1.05, 1.55), fontsize=8,
-                     arrowprops={"arrowstyle": "->"})
-    figure.savefig(path, dpi=80)
+def pixels(axis, H: int, W: int) -> None:
+    """The edges of the pixels of a map, y downwards."""
+    axis.hlines([i - 0.5 for i in range(H + 1)], -0.5, W - 0.5, color="0.85", lw=0.8, zorder=0)
+    axis.vlines([i - 0.5 for i in range(W + 1)], -0.5, H - 0.5, color="0.85", lw=0.8, zorder=0)
+    axis.set(aspect="equal", xlim=(-1.1, W + 0.1), ylim=(H + 0.1, -1.1), xticks=range(W),
+             yticks=range(H))
 
 
-def keys(path):
+def keys():
     """What one query of an 8 x 8 map looks at: ViT, Swin, deformable convolution, DAT."""
-    figure, axes = plt.subplots(1, 4, figsize=(13, 4), layout="constrained")
+    figure, axes = subplots(1, 4, (13, 4.6))
     generator = torch.Generator().manual_seed(3)
     grid, query = torch.cartesian_prod(torch.arange(8.), torch.arange(8.)), torch.tensor([2., 5.])
     taps = query + torch.cartesian_prod(*[torch.arange(-1., 2)] * 2)
-    bend = 0.9 * torch.stack([torch.sin(grid[:, 1] / 2), torch.cos(grid[:, 0] / 2)], dim=1)
-    cases = {"ViT: every patch": grid,
-             "Swin (w = 4): its window": grid[(grid // 4 == query // 4).all(dim=1)],
-             "deformable convolution:\nnine taps of its own": taps + 1.2 * torch.randn(
-                 9, 2, generator=generator),
-             "DAT: moved points,\nthe same for every query": grid + bend}
-    for axis, (title, points) in zip(axes, cases.items()):
-        axis.scatter(grid[:, 1], grid[:, 0], s=6, color="0.7")
-        axis.scatter(points[:, 1], points[:, 0], s=26, color="tab:red")
-        axis.scatter(query[1], query[0], s=160, marker="*", color="tab:blue", edgecolors="black")
-        axis.set(title=title, aspect="equal", xlim=(-1.4, 8.4), ylim=(8.4, -1.4), xticks=[],
-                 yticks=[])
-    figure.savefig(path, dpi=80)
+    window = grid[(grid // 4 == query // 4).all(dim=1)]
+    moves = [0 * grid, 0 * window, 0.8 * torch.randn(9, 2, generator=generator),
+             0.8 * torch.stack([torch.sin(grid[:, 1] / 2), torch.cos(grid[:, 0] / 2)], dim=1)]
+    titles = ["ViT\nevery pixel", "Swin\nthe pixels of its window",
+              "deformable convolution\nnine points, moved for it alone",
+              "DAT\npoints moved once, for all queries"]
+    for axis, title, start, move in zip(axes, titles, (grid, window, taps, grid), moves):
+        pixels(axis, 8, 8)
+        y, x = torch.stack([start, start + move]).unbind(-1)  # (2, K)
+        axis.plot(x, y, color=RED, lw=1)
+        axis.plot(x[1], y[1], "o", color=RED, ms=5.5)
+        axis.plot(query[1], query[0], "*", color="#ffc800", ms=20, mec="black")
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(title, fontsize=12)
+    figure.supxlabel("red: what the query (star) looks at", fontsize=12)
+    return figure
 
 
-def sampling(path):
+def sampling():
     """Equation 8 on the 3 x 4 map of section 5: a point and the weights of its four pixels."""
-    figure, axis = plt.subplots(figsize=(5.5, 3.9), layout="constrained")
+    figure, (axis,) = subplots(1, 1, (6.2, 4.9))
     y, x = 1.5, 2.25
-    for row in range(3):
-        for column in range(4):
-            weight = max(0, 1 - abs(y - row)) * max(0, 1 - abs(x - column))
-            axis.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, edgecolor="0.6",
-                                         facecolor=(1, 1 - weight, 1 - weight)))
-            text = f"{10 * row + column}" + (f"\nx {weight:g}" if weight else "")
-            axis.text(column, row - 0.12, text, ha="center", va="center")
-    axis.plot([x], [y], "o", color="tab:blue")
-    axis.annotate("(1.5, 2.25)", (x, y), (x + 0.35, y + 0.02), fontsize=9, color="tab:blue")
-    axis.set(xlim=(-0.6, 3.6), ylim=(2.6, -0.6), aspect="equal", xticks=range(4), yticks=range(3),
-             xlabel="x", ylabel="y")
-    figure.savefig(path, dpi=80)
+    pixels(axis, 3, 4)
+    for row, column in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
+        weight = max(0, 1 - abs(y - row)) * max(0, 1 - abs(x - column))
+        axis.fill([column - 0.5, column + 0.5] + [column + 0.5, column - 0.5],
+                  [row - 0.5] * 2 + [row + 0.5] * 2, color=(1, 1 - weight, 1 - weight), zorder=-1)
+        axis.text(column, row - 0.22, f"{10 * row + column}", ha="center", fontsize=13)
+        axis.text(column, row + 0.3, f"weight {weight:g}" * (weight > 0), ha="center", color=RED)
+    axis.plot(x, y, "o", color=BLUE, ms=9)
+    axis.text(x + 0.1, y - 0.06, "(1.5, 2.25)", color=BLUE, va="center")
+    axis.set(xlabel="x", ylabel="y", xlim=(-0.6, 3.6), ylim=(2.6, -0.6))
+    axis.set_title("0.375 · 12 + 0.125 · 13 + 0.375 · 22 + 0.125 · 23 = 17.25", fontsize=12)
+    return figure
 
 
-def augmentation(path):
-    """Six images of `shapes`: as they are, after each operation at full strength, erased, mixed."""
-    images = dat.make_shapes(6, seed=0)[0] / 255
-    rows = [("as they are", images)]
-    for kind, name in enumerate(dat.OPERATIONS):
-        strength = torch.tensor([-1, -0.6, -0.3, 0.3, 0.6, 1])
-        rows.append((name, dat.operate(images, torch.full((6,), kind), strength)))
-    torch.manual_seed(0)
-    rows.append(("strength 0", dat.crop_and_flip(images)))
-    rows.append(("strength 1", dat.augment((images * 255).byte(), torch.eye(6), 1)[0]))
-    rows.append(("strength 2", dat.augment((images * 255).byte(), torch.eye(6), 2)[0]))
-    figure, axes = plt.subplots(5, 3, figsize=(13, 5.2), layout="constrained")
-    for axis, (name, batch) in zip(axes.flat, rows):
-        axis.imshow(torch.cat(list(batch.permute(0, 2, 3, 1)), dim=1))
-        axis.set_title(name, fontsize=9)
-        axis.set_axis_off()
-    figure.savefig(path, dpi=80)
+def geometry():
+    """Reference points of a 6 x 6 map with r = 1 and r = 2 in both geometries, and their reach."""
+    figure, axes = subplots(1, 4, (13, 4.4))
+    for i, axis in enumerate(axes):
+        name, r = ("paper", "release")[i // 2], 1 + i % 2
+        centres = dat.cell_centres(6 // r, 6, geometry=name, like=torch.zeros(()))
+        reach = dat.largest_offset(6 // r, 6, offset_range=2.0, geometry=name)
+        pixels(axis, 6, 6)
+        y, x = torch.cartesian_prod(*[torch.arange(6)] * 2).T
+        axis.plot(x, y, ".", color=GREY, label="centres of pixels")
+        y, x = torch.cartesian_prod(centres, centres).T
+        axis.plot(x, y, "o", ms=8, mfc="none", mec=RED, mew=1.6, label="reference points")
+        low, high = (centres[3 // r].item() + sign * reach for sign in (-1, 1))
+        axis.fill([low, high, high, low], [low, low, high, high], color=RED, alpha=0.15, lw=0,
+                  label="reach of the point in its middle, s = 2")
+        axis.set_title(f'"{name}", r = {r}\nup to {reach:.2f} px along each axis', fontsize=11)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def table():
+    """Why the table is 2H - 1: what three queries read for integer keys and for one between."""
+    figure, axes = subplots(1, 2, (11, 3.1))
+    titles = ["keys on pixels read one of five entries", "a moved key reads between two entries"]
+    for axis, title, middle in zip(axes, titles, (1, 0.75)):
+        for key, colour in zip((0, middle, 2), (BLUE, RED, GREEN)):
+            axis.plot([q - key + 2 for q in range(3)], range(3), "o", color=colour, ms=11,
+                      label=f"key at {key:g}")
+        axis.vlines(range(5), -0.3, 2.3, color="0.85", zorder=0)
+        axis.set(xlabel="table entry read: query - key + (H - 1), here H = 3", yticks=range(3),
+                 yticklabels=[f"query at {q}" for q in range(3)], ylim=(2.5, -0.5), xticks=range(5))
+        axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+        axis.set_title(title, pad=30, fontsize=11)
+    axis.annotate("0.75 table[3] + 0.25 table[4]", (3.25, 2), (0.08, 1.6), va="center",
+                  arrowprops={"arrowstyle": "->", "shrinkB": 8})
+    return figure
+
+
+def augmentation():
+    """Eight images of `shapes`, as they are and as training shows them."""
+    from torchvision.transforms import v2
+    samples = dat.load_dataset("shapes", None, False)[0]
+    plain, cropped, full = (dat.Parts("shapes", samples, 32, augment)[0, list(range(8))]
+                            for augment in (None, 0, 1))
+    torch.manual_seed(1)
+    rows = {"as they are": plain, "cropped, flipped": cropped, "RandAugment,\nerasing as well": full,
+            "then MixUp": v2.MixUp(alpha=0.8, num_classes=8)(*full),
+            "or CutMix": v2.CutMix(alpha=1.0, num_classes=8)(*full)}
+    figure, axes = subplots(len(rows), 1, (10, 6.2))
+    for axis, (title, (images, _)) in zip(axes, rows.items()):
+        images = torch.nn.functional.pad(images * 0.25 + 0.5, (1, 1, 1, 1), value=1.0).clamp(0, 1)
+        axis.imshow(torch.cat(list(images.permute(0, 2, 3, 1)), dim=1), interpolation="nearest")
+        axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=11)
+        axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def main() -> None:
+    figures = {f.__name__: f for f in (keys, sampling, geometry, table, augmentation)}
+    parser = Parser(__doc__)
+    parser.add_argument("name", choices=figures, nargs="+")
+    for name in parser.parse_args().name:
+        content = io.BytesIO()
+        figures[name]().savefig(content, dpi=80)
+        dat.write_atomically(Path(__file__).parents[1] / f"figures/{name}.png", content.getvalue())
 
 
 if __name__ == "__main__":
-    augmentation(HERE / "augmentation.png")
-    keys(HERE / "keys.png")
-    sampling(HERE / "sampling.png")
-    geometries(HERE / "geometry.png")
-    table(HERE / "table.png")
+    run(main)

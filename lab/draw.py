@@ -1,0 +1,186 @@
+"""Draws where a model reads an image: its sampling points, and which of them it attends to.
+
+    python lab/draw.py shapes:7 --checkpoint runs/shapes-cifar-nano-1/last.pt --out points.png
+
+IMAGE is a file, scaled to the model's size, or an image of a test set: shapes:3, cifar10:17.
+A row is the last deformable block of a resolution with 3 x 3 points or more; at most two rows.
+"""
+import io
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import dat
+from lab.command import Parser, run
+
+GROUPS = "#0072b2 #e69f00 #009e73 #cc3311 #8e5ea2 #7a4a2b #5f6b6d #b0a000".split()
+QUERIES = "#ff1493 #00e0ff #ffe600 #7cff4f".split()
+TITLES = ("points, moved from a uniform grid\n(a colour for each group)",
+          "the same points, larger the\nmore attention they receive",
+          "queries (stars) and the\nsix points each attends to most")
+
+
+@torch.no_grad()
+def inspect(model: dat.DAT, images: Tensor) -> list[SimpleNamespace]:
+    """What the deformable blocks look at, one namespace per D block, in order.
+
+    reference (Hk, Wk, 2): the uniform grid;  points (B, G, Hk, Wk, 2): where keys are read;
+    queries (N, 2): where the queries stand;  weights (B, M, N, K): the attention, Eq. 9;
+    importance (B, G, K): the attention a key receives, summed over its group's heads and queries.
+    Units: coordinates are (y, x) in px of the image.
+    """
+    views, hooks, config = [], [], model.config
+
+    def look(attention: dat.DeformableAttention, x: Tensor, cell: int) -> None:
+        q, k, _, points = attention.project(x)
+        bias, scores = attention.position_bias(points, x.shape[1:3]), q @ k.transpose(2, 3)
+        weights = (scores / q.shape[-1] ** 0.5 + (0 if bias is None else bias)).softmax(dim=-1)
+        first = (cell - 1) / 2 if config.stem == "patch" else 0  # px of a map's first pixel
+        reference, queries = (first + cell * torch.cartesian_prod(*(
+            dat.cell_centres(count, length, geometry=attention.geometry, like=points)
+            for count, length in zip(counts, x.shape[1:3]))) for counts in
+            (points.shape[2:4], x.shape[1:3]))
+        views.append(SimpleNamespace(
+            reference=reference.view(points.shape[2:]), points=first + cell * points,
+            queries=queries, weights=weights,
+            importance=weights.unflatten(1, (attention.groups, -1)).sum(dim=(2, 3))))
+
+    for i, stage in enumerate(model.stages):
+        for block in stage.blocks:
+            if isinstance(block.attention, dat.DeformableAttention):
+                hooks.append(block.attention.register_forward_pre_hook(
+                    lambda module, inputs, cell=config.patch * 2 ** i: look(module, *inputs, cell)))
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return views
+
+
+def draw(image: Tensor, views: list[SimpleNamespace], text: str,
+         queries: list[tuple[float, float]] | None = None) -> bytes:
+    """A PNG: a row of three panels for each of `views`, of `image` (3, H, W) uint8 alone.
+
+    `queries` (y, x) in px of the image; by default near the most and the least important key.
+    """
+    from matplotlib import patheffects
+    from matplotlib.figure import Figure
+    H, W = image.shape[1:]
+    sides = torch.tensor([H, W]) - 1.0
+
+    def reach(ends: Tensor) -> Tensor:  # px that the picture goes beyond the image
+        return (0.02 * sides - ends.view(-1, 2)).clamp(torch.tensor(0.5), sides / 5).amax(0)
+
+    low = [-reach(view.points[0]) for view in views]
+    high = [sides + reach(sides - view.points[0].flatten(0, 2)) for view in views]
+    left, right = min(p[1].item() for p in low), max(p[1].item() for p in high)
+    heights = [(b - a)[0].item() / (right - left) for a, b in zip(low, high)]
+    figure = Figure(figsize=(12, 3.9 * sum(heights) + 1.2), layout="constrained")
+    figure.suptitle("DAT moves the points at which it reads an image, and attends to some far more "
+                    f"than to others\n{text}".replace("$", r"\$"), fontsize=13)
+    rows = figure.subplots(len(views), 3, squeeze=False, height_ratios=heights)
+    outline = [patheffects.withStroke(linewidth=3, foreground="black")]
+    pale = (0.45 + 0.55 * image.permute(1, 2, 0) / 255).numpy()
+    for view, axes, (top, _), (bottom, _) in zip(views, rows, low, high):
+        grid, (Hk, Wk) = view.reference.flatten(0, 1), view.reference.shape[:2]
+        points, importance = view.points[0].flatten(1, 2), view.importance[0]  # (G, K, 2), (G, K)
+        (y, x), G, size = points.unbind(-1), len(points), 9 / max(Hk, Wk) ** 0.5  # in pt
+        seen = (y > top) & (y < bottom) & (x > left) & (x < right)
+        for axis, title in zip(axes, TITLES):
+            axis.imshow(pale, interpolation="nearest")
+            axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
+            axis.set_title(title * (view is views[0]), fontsize=11)
+            axis.spines[:].set_visible(False)
+            axis.patch.set_visible(False)
+        axes[0].set_ylabel(f"{Hk} x {Wk} points in each of {G} groups", fontsize=11)
+        area = 900 * (4 / max(4, Hk, Wk)) ** 1.5 * importance / importance.max()
+        for y, x, s, near, colour in zip(y, x, area, seen, GROUPS * G):
+            axes[0].plot(torch.stack([grid[:, 1], x]), torch.stack([grid[:, 0], y]), "-o", mew=0.5,
+                         markevery=[1], color=colour, lw=size / 2.4, ms=size, mec="white")
+            axes[1].scatter(x[near], y[near], s[near], color=colour, alpha=0.75, clip_on=False,
+                            edgecolors="white", linewidths=0.6)
+        axes[0].plot(*grid.T.flip(0), "ow", ms=size * 0.7, mec="black", mew=0.6, zorder=4)
+        flat = points.flatten(0, 1)
+        ranked = flat[(importance * seen).flatten().argsort(descending=True)]
+        stars = torch.cdist(torch.tensor(queries) if queries else ranked, view.queries).argmin(1)
+        stars = stars if queries else [stars[0], *stars[stars != stars[0]][-1:]]
+        for star, colour in zip(stars, QUERIES * len(stars)):
+            weights = view.weights[0, :, star].unflatten(0, (G, -1)).mean(dim=1) * seen
+            best, (y, x) = weights.flatten().topk(min(6, seen.sum().item())), view.queries[star]
+            for end, share in zip(flat[best.indices], (best.values / best.values[:1]).tolist()):
+                axes[2].plot([x, end[1]], [y, end[0]], "-o", markevery=[1], color=colour, lw=1.7,
+                             ms=4 + 7 * share, path_effects=outline)
+            axes[2].plot(x, y, "*", color=colour, ms=22, mec="black", mew=1.2, zorder=4)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=90)
+    return content.getvalue()
+
+
+def load_model(path: str, variant: str | None) -> tuple[dat.DAT, str, tuple | None]:
+    """The model of a checkpoint, its data set and its classes. Raises: dat.InputError."""
+    found = dat.load_checkpoint(path)
+    recipe, state = found.get("recipe", {"train": "imagenet", "model": variant}), found["model"]
+    model = dat.DAT(found.get("config") or replace(
+        dat.VARIANTS[variant or "dat-t"], geometry="release", classes=len(state["head.weight"])))
+    try:
+        model.load_state_dict(state if variant in (None, recipe["model"]) else {})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:99]
+        raise dat.InputError(f"{path} does not fit --model {variant or 'dat-t'}: choose another, or "
+                             f"none for a file of dat.py ({reason})") from None
+    return model.eval(), recipe["train"], found.get("classes")
+
+
+def load_image(source: str, data: str | None, size: int) -> Tensor:
+    """The picture of a file, or of DATA:INDEX, scaled: (3, size, size) uint8. dat.InputError."""
+    from torchvision.transforms import InterpolationMode as Mode, v2
+    name, _, index = source.partition(":")
+    if name not in ("shapes", "cifar10", "cifar100"):
+        image = dat.read_image(source)
+    else:
+        samples = dat.load_dataset(name, data, False)[0]
+        if not index.isdecimal() or not int(index[:10]) < len(samples):
+            raise dat.InputError(f"{source}: expected {name}: and 0 to {len(samples) - 1}")
+        image = samples[int(index)][0]
+    return v2.functional.resize(v2.functional.to_image(image), [size] * 2, Mode.BICUBIC)
+
+
+def position(text: str) -> tuple[float, float]:
+    y, x = map(float, text.split(","))
+    return y, x
+
+
+def main(parser: Parser) -> None:
+    add = parser.add_argument
+    add("image", metavar="IMAGE")
+    add("--checkpoint", required=True, metavar="FILE")
+    add("--model", choices=dat.VARIANTS, help="of the authors' file")
+    add("--query", type=position, nargs="+", metavar="Y,X", help="in px of the image")
+    add("--all", action="store_true", help="a row for every deformable block")
+    add("--data", metavar="DIR", help="of CIFAR (default: data)")
+    add("--out", default="points.png", metavar="PNG")
+    args = parser.parse_args()
+    out = Path(args.out)
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise dat.InputError(f"--out {out}: expected a name in .png, in a folder that is there")
+    model, data, classes = load_model(args.checkpoint, args.model)
+    image = load_image(args.image, args.data, model.config.image_size)
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in dat.STATISTICS[data])
+    images = ((image / 255 - mean) / std)[None]
+    views = inspect(model, images)
+    last = {view.reference.shape: view for view in views}  # of each resolution
+    chosen = [view for shape, view in last.items() if min(shape[:2]) > 2][-2:] or views[-1:]
+    with torch.no_grad():
+        share, best = model(images)[0].softmax(dim=0).max(dim=0)
+    name = classes[best] if classes else f"class {best}"
+    text = f"{args.image}, which the model takes for {name} ({share:.0%})"
+    dat.write_atomically(out, draw(image, views if args.all else chosen, text, args.query))
+    print(f"{text}: see {out}")
+
+
+if __name__ == "__main__":
+    run(main, __doc__)
