@@ -193,7 +193,8 @@ def cell_centres(count: int, length: int, *, geometry: str, like: Tensor) -> Ten
 def largest_offset(count: int, length: int, *, offset_range: float, geometry: str) -> float:
     """How far a point may move along an axis, in px of the map. Paper: Sec. 3.2, s tanh(dp).
 
-    It is s / 2 cells of H / Hk px, or (H - 1) / Hk px if "release". (The paper names no unit.)
+    It is s / 2 cells of H / Hk px, or (H - 1) / Hk px if "release": the release's axis is 2 long,
+    from -1 to 1, so s counts half cells. (The paper names no unit.)
     """
     return offset_range / 2 * (length if geometry == "paper" else length - 1) / count
 
@@ -392,7 +393,7 @@ class DeformableAttention(nn.Module):
             return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]
         table = resize(table, (2 * H - 1, 2 * W - 1)).unflatten(0, (G, -1))
         y, x = (cell_centres(n, n, geometry=self.geometry, like=points) + n - 1 for n in (H, W))
-        queries = torch.cartesian_prod(y, x)[:, None]  # q + (H - 1): (N, 1, 2)
+        queries = torch.cartesian_prod(y, x)[:, None]  # q + (H - 1, W - 1): (N, 1, 2)
         index = queries - points.reshape(B * G, 1, Hk * Wk, 2)  # R: (B G, N, K, 2)
         bias = bilinear_sample(table.expand(B, *table.shape).flatten(0, 1), index)
         return bias.view(B, self.heads, H * W, Hk * Wk)
@@ -731,7 +732,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in PyTorch 2.6
+    return device.type == "cpu" and capabilities.get("avx512_bf16", False)
 
 
 @torch.no_grad()
@@ -754,8 +756,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes a temporary file and renames it: at any moment `path` is the old one or the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb", buffering=0) as file:
+        with temporary.open("wb") as file:
             file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -823,6 +826,7 @@ def load_model(args: argparse.Namespace, classes: tuple) -> tuple[DAT, dict, dic
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} does not fit {name}, choose by --model: {reason}") from None
+    model = model.to(args.device, memory_format=torch.channels_last)  # before the optimiser
     return model, recipe, found
 
 
@@ -839,18 +843,17 @@ def train(args: argparse.Namespace) -> None:
         alone = ", ".join(sorted(set(classes) ^ set(test_classes))[:5])
         raise InputError(f"--data {args.data}: train and val need the same classes, see {alone}")
     model, recipe, found = load_model(args, classes)
-    run, device, photos = SimpleNamespace(**recipe), torch.device(args.device), args.train == "imagenet"
-    steps, size = len(samples) // run.batch_size, model.config.image_size
+    run, device, size = SimpleNamespace(**recipe), model.head.weight.device, model.config.image_size
+    photos, steps = run.train == "imagenet", len(samples) // run.batch_size
     if steps == 0 or run.batch_size % run.parts or run.parts % args.world:
         raise InputError(f"--batch-size {run.batch_size}: expected at most {len(samples)} and a "
                          f"multiple of {run.parts}, processes ({args.world}) times --accumulate")
-    data = Parts(run.train, samples, size, int(photos or run.epochs >= 60))
+    data = Parts(run.train, samples, size, int(photos or run.epochs >= 60))  # see lab/RESULTS.md
     test = Parts(run.train, test_samples, size, None)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(classes)),
                            v2.CutMix(alpha=1.0, num_classes=len(classes))])
     mixed_steps = 0.9 * steps * run.epochs if photos or run.epochs >= 100 else 0
     bfloat16 = has_bfloat16(device) and not run.float32
-    model = model.to(device, memory_format=torch.channels_last)  # before the optimiser
     forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
     forward = nn.parallel.DistributedDataParallel(forward) if args.world > 1 else forward
     optimizer = torch.optim.AdamW(parameter_groups(model, run.weight_decay), fused=True)
@@ -940,9 +943,9 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     """--eval: prints the test accuracy of --checkpoint. Raises: InputError."""
     samples, classes = load_dataset(args.eval, args.data, False)
     model, recipe, _ = load_model(args, classes)
-    bfloat16 = has_bfloat16(torch.device(args.device)) and not (args.float32 or recipe["float32"])
+    bfloat16 = has_bfloat16(model.head.weight.device) and not (args.float32 or recipe["float32"])
     test = Parts(args.eval, samples, model.config.image_size, None)
-    top1, top5 = evaluate(model.to(args.device), test, args, bfloat16)
+    top1, top5 = evaluate(model, test, args, bfloat16)
     print(f"test accuracy {top1:.2%}, top-5 {top5:.2%}")
 
 

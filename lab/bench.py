@@ -40,13 +40,9 @@ def release(folder: str) -> torch.nn.Module:
     sys.modules |= {"timm.models.layers": layers, "models": models}
     warnings.filterwarnings("ignore", "torch.meshgrid")
     from models.dat import DAT
-    return DAT(
-        img_size=224, patch_size=4, num_classes=1000, expansion=4, dim_stem=96,
-        dims=[96, 192, 384, 768], depths=[2, 2, 6, 2], heads=[3, 6, 12, 24],
-        stage_spec=[["L", "S"], ["L", "S"], ["L", "D"] * 3, ["L", "D"]], window_sizes=[7] * 4,
-        groups=[-1, -1, 3, 6], use_pes=[False, False, True, True], dwc_pes=[False] * 4,
-        strides=[-1, -1, 1, 1], sr_ratios=[-1] * 4, offset_range_factor=[-1, -1, 2, 2],
-        no_offs=[False] * 4, fixed_pes=[False] * 4, use_dwc_mlps=[False] * 4, drop_path_rate=0.2)
+    return DAT(stage_spec=[["L", "S"], ["L", "S"], ["L", "D"] * 3, ["L", "D"]], drop_path_rate=0.2,
+               strides=[-1, -1, 1, 1], offset_range_factor=[-1, -1, 2, 2],
+               use_pes=[False, False, True, True])  # the rest of DAT-T is the default
 
 
 def workload(args: argparse.Namespace, task: str) -> tuple[int, int, float]:
@@ -135,8 +131,8 @@ def main(parser: Parser) -> None:
         return serve(args, *args.serve)
     if args.release and not (Path(args.release, "models/dat.py").is_file() and find_spec("einops")
                              and (args.model, args.image_size) == ("dat-t", 224)):
-        raise dat.InputError(f"--release {args.release}: expected a folder with models/dat.py, einops "
-                             "installed (pip install einops), no other --model or --image-size")
+        raise dat.InputError(f"--release {args.release}: expected a folder with models/dat.py, "
+                             "einops (pip install einops), and dat-t at 224 px")
     theirs, ours = ["release"] * bool(args.release), ["here"]
     ours += ["float32"] * (bool(theirs) and not args.float32)
     tasks, rounds = {"product": ours, "inference": theirs + ours, "training": theirs + ours}, {}
@@ -146,16 +142,18 @@ def main(parser: Parser) -> None:
             for name, row in measure(tasks[task], task).items():
                 rounds.setdefault((name, task), []).append(row)
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model}, batch {args.batch_size}, {args.image_size} px; 1024 px: one image\n"
-          f"{torch.cuda.get_device_name() if args.device == 'cuda' else cpu}, torch {torch.__version__}{', ours compiled' * args.compile}, rounds: "
-          f"{args.rounds}\n{'':19}images/s  slowest .. fastest    TFLOP/s  of product   peak, GiB")
+    print(f"{args.model}, batch {args.batch_size}, {args.image_size} px; 1024 px: one image; "
+          f"{cpu if args.device == 'cpu' else torch.cuda.get_device_name()}, torch "
+          f"{torch.__version__}{', ours compiled' * args.compile}, rounds: {args.rounds}\n"
+          f"{'':19}images/s  slowest .. fastest    TFLOP/s  of product   peak, GiB")
     for (name, task), rows in rounds.items():
         (B, _, operations), s = workload(args, task), median(r[0] for r in rows)
         product = rounds["here" if name == "here" else ours[-1], "product"]
         share = operations / s / workload(args, "product")[2] * median(r[0] for r in product)
         span = f"{B / max(r[2] for r in rows):,.2f} .. {B / min(r[1] for r in rows):,.2f}"
-        print(f"{name:8}{task:9}" + f"{B / s:10,.2f}{span:>20}{operations / s / 1e12:11.3f}"
-              f"{share:12.0%}{max(r[3] for r in rows):12.2f}")
+        speed = f"{B / s:9,.2f}  {span:>20}" * (task != "product")
+        print(f"{name:8}{task:10}{speed:31}{operations / s / 1e12:10.3f}{share:12.0%}"
+              f"{max(r[3] for r in rows):12.2f}")
         if name != "release" and ("release", task) in rounds:
             speed, memory = (sorted(a[i] / b[i] for a, b in zip(rounds["release", task], rows))
                              for i in (0, 3))

@@ -2,7 +2,6 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
@@ -20,8 +19,8 @@ class Parser(argparse.ArgumentParser):
         raise dat.InputError(f"{message} ({self.prog} --help lists the flags)")
 
 
-def run(main: Callable[[Parser], None], docstring: str) -> None:
-    """Calls `main`; a caller's mistake becomes one line on standard error and exit code 2."""
+def run(main, docstring: str) -> None:
+    """main(parser). A caller's mistake becomes one line on standard error and exit code 2."""
     try:
         main(Parser(description=docstring, formatter_class=argparse.RawTextHelpFormatter))
     except dat.InputError as error:

@@ -27,18 +27,14 @@ def deformable_attention_macs(*, H: int, W: int, keys: int, dim: int, kernel: in
 
 
 def stage_macs(config: dat.DATConfig, size: int) -> list[int]:
-    """Multiply-accumulates of an image of `size` px: of each stage (the first with the stem), head.
-
-    PyTorch counts matrix products and convolutions while it runs the model on no data.
-    """
-    model, images = dat.DAT(config).eval().to("meta"), torch.empty(1, 3, size, size, device="meta")
+    """Multiply-accumulates of an image of `size` px, as PyTorch counts matrix products and
+    convolutions: of each stage (the first with the stem), of the head."""
     with FlopCounterMode(display=False) as counter:
-        model(images)
+        dat.DAT(config).eval().to("meta")(torch.empty(1, 3, size, size, device="meta"))
     macs = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
-    found = [sum(macs[name] for name in macs
-                 if re.fullmatch(rf"DAT\.stages\.{i}\.(down|blocks\.\d+)", name))
-             for i in range(len(config.stages))] + [macs["DAT.head"]]
-    found[0] += macs["DAT.stem"]
+    names = [rf"DAT\.(stages\.{i}\.(down|blocks\.\d+)|{'stem' if i == 0 else ''})"
+             for i in range(len(config.stages))] + [r"DAT\.head"]
+    found = [sum(n for name, n in macs.items() if re.fullmatch(part, name)) for part in names]
     assert sum(found) == macs["Global"]
     return found
 
@@ -50,10 +46,10 @@ def main(parser: Parser) -> None:
     config = dat.VARIANTS[args.model]
     model, size = dat.DAT(config), args.image_size or config.image_size
     row = "{:5} {:>9} {:>5} {:>6} {:>7}  {:18} {:>11} {:>7}".format
-    print(f"{args.model}, an image of {size} px\n"
-          + row("stage", "map", "C", "heads", "groups", "blocks", "parameters", "MMAC"))
-    macs = stage_macs(config, size)
-    for i, (stage, (H, W)) in enumerate(zip(config.stages, config.map_sizes(size))):
+    print(args.model, "for an image of", size, "px")
+    print(row("stage", "map", "C", "heads", "groups", "blocks", "parameters", "MMAC"))
+    macs, sizes = stage_macs(config, size), config.map_sizes(size)
+    for i, (stage, (H, W)) in enumerate(zip(config.stages, sizes)):
         parameters = sum(p.numel() for name, p in model.named_parameters()
                          if name.startswith(f"stages.{i}.") or i == 0 and name.startswith("stem."))
         print(row(i + 1, f"{H} x {W}", stage.dim, stage.heads, stage.groups or "-", stage.blocks,

@@ -34,38 +34,33 @@ def inspect(model: dat.DAT, images: Tensor) -> list[SimpleNamespace]:
     importance (B, G, K): the attention a key receives, summed over its group's heads and queries.
     Units: coordinates are (y, x) in px of the image.
     """
-    views, hooks, config = [], [], model.config
-
-    def look(attention: dat.DeformableAttention, x: Tensor, cell: int) -> None:
-        q, k, _, points = attention.project(x)
-        bias, scores = attention.position_bias(points, x.shape[1:3]), q @ k.transpose(2, 3)
-        weights = (scores / q.shape[-1] ** 0.5 + (0 if bias is None else bias)).softmax(dim=-1)
-        first = (cell - 1) / 2 if config.stem == "patch" else 0  # px of a map's first pixel
-        reference, queries = (first + cell * torch.cartesian_prod(*(
-            dat.cell_centres(count, length, geometry=attention.geometry, like=points)
-            for count, length in zip(counts, x.shape[1:3]))) for counts in
-            (points.shape[2:4], x.shape[1:3]))
-        views.append(SimpleNamespace(
-            reference=reference.view(points.shape[2:]), points=first + cell * points,
-            queries=queries, weights=weights,
-            importance=weights.unflatten(1, (attention.groups, -1)).sum(dim=(2, 3))))
-
+    x, views, config = model.embed(images), [], model.config
     for i, stage in enumerate(model.stages):
+        x, cell = stage.down(x), config.patch * 2 ** i  # px of the image per map px
+        first = (cell - 1) / 2 if config.stem == "patch" else 0  # px of a map's first pixel
         for block in stage.blocks:
-            if isinstance(block.attention, dat.DeformableAttention):
-                hooks.append(block.attention.register_forward_pre_hook(
-                    lambda module, inputs, cell=config.patch * 2 ** i: look(module, *inputs, cell)))
-    model(images)
-    for hook in hooks:
-        hook.remove()
+            attention, z, x = block.attention, block.norm1(x), block(x)
+            if not isinstance(attention, dat.DeformableAttention):
+                continue
+            q, k, _, points = attention.project(z)
+            bias, scores = attention.position_bias(points, z.shape[1:3]), q @ k.transpose(2, 3)
+            weights = (scores / q.shape[-1] ** 0.5 + (0 if bias is None else bias)).softmax(dim=-1)
+            reference, queries = (first + cell * torch.cartesian_prod(*(
+                dat.cell_centres(count, length, geometry=attention.geometry, like=points)
+                for count, length in zip(counts, z.shape[1:3])))
+                for counts in (points.shape[2:4], z.shape[1:3]))
+            views.append(SimpleNamespace(
+                reference=reference.view(points.shape[2:]), points=first + cell * points,
+                queries=queries, weights=weights,
+                importance=weights.unflatten(1, (attention.groups, -1)).sum(dim=(2, 3))))
     return views
 
 
 def draw(image: Tensor, views: list[SimpleNamespace], text: str,
-         queries: list[tuple[float, float]] | None = None) -> bytes:
+         queries: list[tuple[float, float]]) -> bytes:
     """A PNG: a row of three panels for each of `views`, of `image` (3, H, W) uint8 alone.
 
-    `queries` (y, x) in px of the image; by default near the most and the least important key.
+    `queries` (y, x) in px of the image; if none, near the most and the least important key.
     """
     from matplotlib import patheffects
     from matplotlib.figure import Figure
@@ -130,8 +125,8 @@ def load_model(path: str, variant: str | None) -> tuple[dat.DAT, str, tuple | No
         model.load_state_dict(state if variant in (None, recipe["model"]) else {})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:99]
-        raise dat.InputError(f"{path} does not fit --model {variant or 'dat-t'}: choose another, or "
-                             f"none for a file of dat.py ({reason})") from None
+        raise dat.InputError(f"{path} does not fit --model {variant or 'dat-t'}: choose another, "
+                             f"or none for a file of dat.py ({reason})") from None
     return model.eval(), recipe["train"], found.get("classes")
 
 
@@ -149,17 +144,12 @@ def load_image(source: str, data: str | None, size: int) -> Tensor:
     return v2.functional.resize(v2.functional.to_image(image), [size] * 2, Mode.BICUBIC)
 
 
-def position(text: str) -> tuple[float, float]:
-    y, x = map(float, text.split(","))
-    return y, x
-
-
 def main(parser: Parser) -> None:
     add = parser.add_argument
     add("image", metavar="IMAGE")
     add("--checkpoint", required=True, metavar="FILE")
     add("--model", choices=dat.VARIANTS, help="of the authors' file")
-    add("--query", type=position, nargs="+", metavar="Y,X", help="in px of the image")
+    add("--query", nargs="+", metavar="Y,X", help="in px of the image")
     add("--all", action="store_true", help="a row for every deformable block")
     add("--data", metavar="DIR", help="of CIFAR (default: data)")
     add("--out", default="points.png", metavar="PNG")
@@ -167,6 +157,10 @@ def main(parser: Parser) -> None:
     out = Path(args.out)
     if out.suffix != ".png" or not out.parent.is_dir():
         raise dat.InputError(f"--out {out}: expected a name in .png, in a folder that is there")
+    try:
+        queries = [(float(y), float(x)) for y, x in (q.split(",") for q in args.query or [])]
+    except ValueError:
+        raise dat.InputError(f"--query {' '.join(args.query)}: expected numbers, Y,X") from None
     model, data, classes = load_model(args.checkpoint, args.model)
     image = load_image(args.image, args.data, model.config.image_size)
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in dat.STATISTICS[data])
@@ -178,7 +172,7 @@ def main(parser: Parser) -> None:
         share, best = model(images)[0].softmax(dim=0).max(dim=0)
     name = classes[best] if classes else f"class {best}"
     text = f"{args.image}, which the model takes for {name} ({share:.0%})"
-    dat.write_atomically(out, draw(image, views if args.all else chosen, text, args.query))
+    dat.write_atomically(out, draw(image, views if args.all else chosen, text, queries))
     print(f"{text}: see {out}")
 
 

@@ -12,81 +12,73 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
 from lab.command import Parser, run
 
-RED, BLUE, GREEN, GREY = "#cc3311", "#0072b2", "#009e73", "#b0b0b0"
+RED, BLUE, GREEN = "#cc3311", "#0072b2", "#009e73"
 
 
-def subplots(rows: int, columns: int, size: tuple[float, float]):
+def subplots(rows: int, columns: int, size: tuple[float, float], H: int = 0, W: int = 0):
+    """A figure of `size` inches and its axes; with H, W each shows the pixels of such a map."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0, colors="0.4")
+        if H:
+            axis.hlines(torch.arange(H + 1) - 0.5, -0.5, W - 0.5, color="0.85", lw=0.8, zorder=0)
+            axis.vlines(torch.arange(W + 1) - 0.5, -0.5, H - 0.5, color="0.85", lw=0.8, zorder=0)
+            axis.set(aspect="equal", xlim=(-1.1, W + 0.1), ylim=(H + 0.1, -1.1), xticks=range(W),
+                     yticks=range(H))
     return figure, axes
-
-
-def pixels(axis, H: int, W: int) -> None:
-    """The edges of the pixels of a map, y downwards."""
-    axis.hlines([i - 0.5 for i in range(H + 1)], -0.5, W - 0.5, color="0.85", lw=0.8, zorder=0)
-    axis.vlines([i - 0.5 for i in range(W + 1)], -0.5, H - 0.5, color="0.85", lw=0.8, zorder=0)
-    axis.set(aspect="equal", xlim=(-1.1, W + 0.1), ylim=(H + 0.1, -1.1), xticks=range(W),
-             yticks=range(H))
 
 
 def keys():
     """What one query of an 8 x 8 map looks at: ViT, Swin, deformable convolution, DAT."""
-    figure, axes = subplots(1, 4, (13, 4.6))
-    generator = torch.Generator().manual_seed(3)
+    figure, axes = subplots(1, 4, (13, 4.3), 8, 8)
     grid, query = torch.cartesian_prod(torch.arange(8.), torch.arange(8.)), torch.tensor([2., 5.])
-    taps = query + torch.cartesian_prod(*[torch.arange(-1., 2)] * 2)
-    window = grid[(grid // 4 == query // 4).all(dim=1)]
-    moves = [0 * grid, 0 * window, 0.8 * torch.randn(9, 2, generator=generator),
-             0.8 * torch.stack([torch.sin(grid[:, 1] / 2), torch.cos(grid[:, 0] / 2)], dim=1)]
-    titles = ["ViT\nevery pixel", "Swin\nthe pixels of its window",
-              "deformable convolution\nnine points, moved for it alone",
-              "DAT\npoints moved once, for all queries"]
-    for axis, title, start, move in zip(axes, titles, (grid, window, taps, grid), moves):
-        pixels(axis, 8, 8)
-        y, x = torch.stack([start, start + move]).unbind(-1)  # (2, K)
-        axis.plot(x, y, color=RED, lw=1)
-        axis.plot(x[1], y[1], "o", color=RED, ms=5.5)
+    noise = torch.randn(9, 2, generator=torch.Generator().manual_seed(3))
+    bend = torch.stack([torch.sin(grid[:, 1] / 2), torch.cos(grid[:, 0] / 2)], dim=1)
+    cases = [("ViT\nevery pixel", grid, 0),
+             ("Swin\nthe pixels of its window", grid[(grid // 4 == query // 4).all(dim=1)], 0),
+             ("deformable convolution\nnine points, moved for it alone",
+              query + torch.cartesian_prod(*[torch.arange(-1., 2)] * 2), noise),
+             ("DAT\npoints moved once, for all queries", grid, bend)]
+    for axis, (title, start, move) in zip(axes, cases):
+        y, x = torch.stack([start, start + 0.8 * move]).unbind(-1)  # (2, K): from, to
+        axis.plot(x, y, "-o", markevery=[1], color=RED, lw=1, ms=5.5)
         axis.plot(query[1], query[0], "*", color="#ffc800", ms=20, mec="black")
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(title, fontsize=12)
+        axis.set(xticks=[], yticks=[], title=title)
     figure.supxlabel("red: what the query (star) looks at", fontsize=12)
     return figure
 
 
 def sampling():
     """Equation 8 on the 3 x 4 map of section 5: a point and the weights of its four pixels."""
-    figure, (axis,) = subplots(1, 1, (6.2, 4.9))
+    figure, (axis,) = subplots(1, 1, (6.2, 4.9), 3, 4)
     y, x = 1.5, 2.25
-    pixels(axis, 3, 4)
     for row, column in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
         weight = max(0, 1 - abs(y - row)) * max(0, 1 - abs(x - column))
-        axis.fill([column - 0.5, column + 0.5] + [column + 0.5, column - 0.5],
-                  [row - 0.5] * 2 + [row + 0.5] * 2, color=(1, 1 - weight, 1 - weight), zorder=-1)
-        axis.text(column, row - 0.22, f"{10 * row + column}", ha="center", fontsize=13)
-        axis.text(column, row + 0.3, f"weight {weight:g}" * (weight > 0), ha="center", color=RED)
+        axis.text(column, row, f"{10 * row + column}\n" + f"weight {weight:g}" * (weight > 0),
+                  ha="center", va="center", linespacing=2.4, fontsize=11)
+        axis.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, lw=0, zorder=-1,
+                          color=(1, 1 - weight, 1 - weight))
     axis.plot(x, y, "o", color=BLUE, ms=9)
-    axis.text(x + 0.1, y - 0.06, "(1.5, 2.25)", color=BLUE, va="center")
-    axis.set(xlabel="x", ylabel="y", xlim=(-0.6, 3.6), ylim=(2.6, -0.6))
-    axis.set_title("0.375 · 12 + 0.125 · 13 + 0.375 · 22 + 0.125 · 23 = 17.25", fontsize=12)
+    axis.text(x + 0.1, y - 0.06, "(1.5, 2.25)", color=BLUE)
+    axis.set(xlabel="x", ylabel="y", xlim=(-0.6, 3.6), ylim=(2.6, -0.6),
+             title="0.375 · 12 + 0.125 · 13 + 0.375 · 22 + 0.125 · 23 = 17.25")
     return figure
 
 
 def geometry():
     """Reference points of a 6 x 6 map with r = 1 and r = 2 in both geometries, and their reach."""
-    figure, axes = subplots(1, 4, (13, 4.4))
+    figure, axes = subplots(1, 4, (13, 4.4), 6, 6)
     for i, axis in enumerate(axes):
         name, r = ("paper", "release")[i // 2], 1 + i % 2
         centres = dat.cell_centres(6 // r, 6, geometry=name, like=torch.zeros(()))
         reach = dat.largest_offset(6 // r, 6, offset_range=2.0, geometry=name)
-        pixels(axis, 6, 6)
-        y, x = torch.cartesian_prod(*[torch.arange(6)] * 2).T
-        axis.plot(x, y, ".", color=GREY, label="centres of pixels")
-        y, x = torch.cartesian_prod(centres, centres).T
-        axis.plot(x, y, "o", ms=8, mfc="none", mec=RED, mew=1.6, label="reference points")
+        axis.plot(*torch.cartesian_prod(*[torch.arange(6)] * 2).T, ".", color="0.7",
+                  label="centres of pixels")
+        axis.plot(*torch.cartesian_prod(centres, centres).T, "o", ms=8, mfc="none", mec=RED,
+                  mew=1.6, label="reference points")
         low, high = (centres[3 // r].item() + sign * reach for sign in (-1, 1))
         axis.fill([low, high, high, low], [low, low, high, high], color=RED, alpha=0.15, lw=0,
                   label="reach of the point in its middle, s = 2")
@@ -101,7 +93,7 @@ def table():
     titles = ["keys on pixels read one of five entries", "a moved key reads between two entries"]
     for axis, title, middle in zip(axes, titles, (1, 0.75)):
         for key, colour in zip((0, middle, 2), (BLUE, RED, GREEN)):
-            axis.plot([q - key + 2 for q in range(3)], range(3), "o", color=colour, ms=11,
+            axis.plot(torch.arange(3) - key + 2, range(3), "o", color=colour, ms=11,
                       label=f"key at {key:g}")
         axis.vlines(range(5), -0.3, 2.3, color="0.85", zorder=0)
         axis.set(xlabel="table entry read: query - key + (H - 1), here H = 3", yticks=range(3),
@@ -120,9 +112,9 @@ def augmentation():
     plain, cropped, full = (dat.Parts("shapes", samples, 32, augment)[0, list(range(8))]
                             for augment in (None, 0, 1))
     torch.manual_seed(1)
-    rows = {"as they are": plain, "cropped, flipped": cropped, "RandAugment,\nerasing as well": full,
-            "then MixUp": v2.MixUp(alpha=0.8, num_classes=8)(*full),
-            "or CutMix": v2.CutMix(alpha=1.0, num_classes=8)(*full)}
+    rows = {"as they are": plain, "cropped, flipped": cropped,
+            "RandAugment,\nerasing as well": full, "then CutMix": v2.CutMix(num_classes=8)(*full),
+            "or MixUp": v2.MixUp(alpha=0.8, num_classes=8)(*full)}
     figure, axes = subplots(len(rows), 1, (10, 6.2))
     for axis, (title, (images, _)) in zip(axes, rows.items()):
         images = torch.nn.functional.pad(images * 0.25 + 0.5, (1, 1, 1, 1), value=1.0).clamp(0, 1)
@@ -132,9 +124,8 @@ def augmentation():
     return figure
 
 
-def main() -> None:
+def main(parser: Parser) -> None:
     figures = {f.__name__: f for f in (keys, sampling, geometry, table, augmentation)}
-    parser = Parser(__doc__)
     parser.add_argument("name", choices=figures, nargs="+")
     for name in parser.parse_args().name:
         content = io.BytesIO()
@@ -143,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, __doc__)

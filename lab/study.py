@@ -3,15 +3,12 @@
     python lab/study.py offsets --epochs 3 --seeds 3
 
 A study changes one field of the model: offsets (the main question), range (s), groups (G),
-position, windows. A run is `dat.py --train shapes` on one thread, kept below runs/study and trained
-again only if dat.py or the configuration changed. The table holds means over the D blocks, in %:
-on        points on the object (the mask's value at a point; off the image 0)
-on other  the same on the mask of another image: what a layout blind to the image gets
-att       as on, each point weighted by the attention it receives; att other: as on other
-outside   points off the image
-used      offset along an axis, of the largest allowed
-own       of the mean square offset, what is not the same for all images
-px        mean length of an offset, in pixels of the image
+position, windows. A run is `dat.py --train shapes` on one thread, kept in runs/study until dat.py
+or the configuration changes. The table holds means over the D blocks, in % but for px: on, points
+on the object (the mask's value; off the image 0); on other, the same on another image's mask, what
+a layout blind to the image gets; att, att other: weighted by the attention a point receives;
+outside, points off the image; used, an offset along an axis of the largest allowed; own, of the
+mean square offset, what differs between images; px, mean length of an offset in px of the image.
 """
 import hashlib
 import shutil
@@ -48,26 +45,30 @@ STUDIES = {
                 for blocks in ("LS/LS/LD/LD", "LS/LD/LD/LD", "LD/LD/LD/LD")}}
 
 
+def deformable(network: dat.DAT) -> list[dat.DeformableAttention]:
+    return [m for m in network.modules() if isinstance(m, dat.DeformableAttention)]
+
+
 @torch.no_grad()
 def measure(network: dat.DAT, images: Tensor, labels: Tensor, masks: Tensor) -> dict[str, float]:
-    """The columns that the docstring above lists, as shares of 1, but px."""
-    parts = ((images / 255 - 0.5) / 0.25).split(250)
-    found = [(torch.cat([network(x).argmax(1) for x in parts]) == labels).float().mean().item()]
-    attentions, rows = [m for m in network.modules() if isinstance(m, dat.DeformableAttention)], []
-    for attention, views in zip(attentions, zip(*(inspect(network, x) for x in parts))):
+    """The columns that the docstring above lists."""
+    parts, rows = ((images / 255 - 0.5) / 0.25).split(250), []
+    right = torch.cat([network(x).argmax(1) for x in parts]) == labels
+    for attention, views in zip(deformable(network), zip(*(inspect(network, x) for x in parts))):
         points = torch.cat([view.points for view in views])  # (n, G, Hk, Wk, 2)
         weights = torch.cat([view.importance for view in views]).flatten(1)  # (n, G K)
         offset, bound = points - views[0].reference, attention.offset_range * 16 / points.shape[2]
-        on, other = (dat.bilinear_sample(mask[:, None].float(), points.flatten(1, 3)[:, None])
-                     .flatten(1) for mask in (masks, masks.roll(1, 0)))
-        square = [x.square().sum(-1).mean() for x in (offset - offset.mean(0), offset)]
-        rows.append([on.mean(), other.mean(), *((x * weights).sum() / weights.sum() for x in (on, other)),
-                     ((points < -0.5) | (points > 31.5)).any(-1).float().mean(),
-                     (offset / bound).abs().mean(), square[0] / square[1].clamp(min=1e-12),
-                     offset.norm(dim=-1).mean()])
-    found += torch.tensor(rows).mean(0).tolist() if rows else [float("nan")] * 8
+        on = torch.stack([dat.bilinear_sample(mask[:, None].float(), points.flatten(1, 3)[:, None])
+                          .flatten(1) for mask in (masks, masks.roll(1, 0))])  # (2, n, G K)
+        own, square = (x.square().sum(-1).mean() for x in (offset - offset.mean(0), offset))
+        rows.append(torch.stack([
+            *on.mean((1, 2)), *(on * weights).sum((1, 2)) / weights.sum(),
+            ((points < -0.5) | (points > 31.5)).any(-1).float().mean(),
+            (offset / bound).abs().mean(), own / square.clamp(min=1e-12),
+            offset.norm(dim=-1).mean() / 100]) * 100)
+    found = torch.stack(rows).mean(0).tolist() if rows else [float("nan")] * 8
     names = "accuracy", "on", "on other", "att", "att other", "outside", "used", "own", "px"
-    return dict(zip(names, found))
+    return dict(zip(names, [right.float().mean().item() * 100, *found]))
 
 
 def trained(config: dat.DATConfig, seed: int, epochs: int) -> tuple[dat.DAT, float]:
@@ -77,8 +78,8 @@ def trained(config: dat.DATConfig, seed: int, epochs: int) -> tuple[dat.DAT, flo
     if not (out / "done").exists():
         shutil.rmtree(out, ignore_errors=True)  # an interrupted run's
         dat.VARIANTS["study"] = config
-        if code := dat.main([*"--train shapes --model study --device cpu --float32".split(), "--out",
-                             str(out), f"--seed={seed}", f"--epochs={epochs}"]):
+        if code := dat.main(f"--train shapes --model study --device cpu --float32 --seed {seed} "
+                            f"--epochs {epochs} --out {out}".split()):
             sys.exit(code)
         (out / "done").touch()
     found, network = dat.load_checkpoint(out / "last.pt"), dat.DAT(config).eval()
@@ -99,20 +100,17 @@ def main(parser: Parser) -> None:
             cost = {"MMAC": sum(stage_macs(config, 32)) / 1e6, "s": seconds}
             table.setdefault(label, []).append(measure(network, *test) | cost)
             if (args.study, label) == ("offsets", "learned"):  # back to the uniform grid
-                for module in network.modules():
-                    if isinstance(module, dat.DeformableAttention):
-                        module.offset = None
+                for attention in deformable(network):
+                    attention.offset = None
                 table.setdefault("learned, taken out", []).append(measure(network, *test) | cost)
     print(f"\n{args.seeds} seeds, {args.epochs} epochs of 10,000 images, 2,000 test images, one "
           f"thread, torch {torch.__version__}; mean (smallest to largest)\n")
-    names = [*next(iter(table.values()))[0]]
+    names = [*table[label][0]]
     print("|".join(["", args.study, *names, ""]) + "\n" + "|---" * (len(names) + 1) + "|")
     for label, rows in table.items():
-        cells = []
-        for name in names:
-            values = [row[name] * (1 if name in ("px", "MMAC", "s") else 100) for row in rows]
-            spread = f" ({min(values):.1f} to {max(values):.1f})" * (min(values) < max(values))
-            cells.append(f"{mean(values):.1f}{spread}")
+        columns = [[row[name] for row in rows] for name in names]
+        cells = (f"{mean(x):.1f}" + f" ({min(x):.1f} to {max(x):.1f})" * (min(x) < max(x))
+                 for x in columns)
         print("|".join(["", label, *cells, ""]))
 
 
