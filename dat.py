@@ -228,12 +228,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     Shape: (B, M, N, d), (B, M, K, d) twice, bias broadcastable to (B, M, N, K) -> (B, M, N, d).
     On a CPU the formula is faster than PyTorch's kernels. cuDNN's has open bugs with a bias.
     """
+    bias = None if bias is None else bias.to(q.dtype)
     if q.is_cpu:
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
         if bias is not None:
             scores += bias
         return scores.softmax(dim=-1) @ v
-    bias = None if bias is None else bias.to(q.dtype)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -749,7 +749,7 @@ def evaluate(model: DAT, test: Parts, args: argparse.Namespace, bfloat16: bool) 
         counts += torch.stack([hits[:, 0].sum(), hits.sum()])
     if args.world > 1:
         dist.all_reduce(counts)
-    return (counts / total).tolist()
+    return [count / total for count in counts.tolist()]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

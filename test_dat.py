@@ -548,8 +548,9 @@ def test_both_forms_of_attention_agree(monkeypatch):
     inputs[3][..., 2] = -math.inf  # a masked key
     model, images, found, seen = randomise(DAT(small_config())), random_input(2, 3, 16, 20), [], []
     kernel = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: seen.append(
-        torch.backends.cuda.cudnn_sdp_enabled()) or kernel(*args, **kwargs))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *kv, attn_mask: seen.append(
+        torch.backends.cuda.cudnn_sdp_enabled() or attn_mask.dtype != q.dtype) or kernel(
+            q, *kv, attn_mask))
     for is_cpu in (True, False):
         monkeypatch.setattr(torch.Tensor, "is_cpu", is_cpu)
         z = dat.attend(*(t.requires_grad_() for t in inputs))

@@ -113,8 +113,8 @@ def augmentation():
                             for augment in (None, 0, 1))
     torch.manual_seed(1)
     rows = {"as they are": plain, "cropped, flipped": cropped,
-            "RandAugment,\nerasing as well": full, "then CutMix": v2.CutMix(num_classes=8)(*full),
-            "or MixUp": v2.MixUp(alpha=0.8, num_classes=8)(*full)}
+            "RandAugment,\nerasing as well": full, "then MixUp": v2.MixUp(num_classes=8)(*full),
+            "or CutMix": v2.CutMix(num_classes=8)(*full)}
     figure, axes = subplots(len(rows), 1, (10, 6.2))
     for axis, (title, (images, _)) in zip(axes, rows.items()):
         images = torch.nn.functional.pad(images * 0.25 + 0.5, (1, 1, 1, 1), value=1.0).clamp(0, 1)
