@@ -888,6 +888,20 @@ def test_training_reports_and_saves(tiny):
     assert run_cli("--eval shapes --checkpoint o/last.pt") == (0, expected, "")
 
 
+def test_every_step_starts_without_gradients_and_draws_anew(tiny, monkeypatch):
+    """Red if gradients pile up over steps, the optimiser is not asked, or epochs draw alike."""
+    events, seeds = [], []
+    for name in ("zero_grad", "step"):
+        real = getattr(torch.optim.AdamW, name)
+        monkeypatch.setattr(torch.optim.AdamW, name, lambda self, *a, real=real, name=name, **k: (
+            events.append(name), real(self, *a, **k))[1])
+    monkeypatch.setattr(dat, "seed_of", lambda *place, real=dat.seed_of: (
+        seeds.append(place), real(*place))[1])
+    assert run_cli(RUN + "--epochs 2 --out o")[0] == 0
+    assert events == ["zero_grad", "step"] * 8
+    assert len(set(seeds)) == len(seeds) == 1 + 2 * (1 + 4 + 4)
+
+
 def test_bfloat16_is_used_where_hardware_multiplies_it(tiny, monkeypatch):
     """Red if --float32 is ignored, or a CPU that cannot, or PyTorch 2.6, is asked for bfloat16."""
     seen, forward = set(), DAT.forward
