@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import itertools
 import math
@@ -1012,6 +1013,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         if dist.is_initialized():
+            gc.collect()  # cycles hold the group, and one that outlives this call aborts
             dist.destroy_process_group()
 
 
