@@ -973,15 +973,15 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     for name in ("epochs", "batch_size", "lr", "accumulate", "workers"):
         value, low = getattr(args, name), 0 if name == "workers" else 1e-12 if name == "lr" else 1
-        if value is not None and not value >= low:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected {low} or more")
+        if value is not None and not low <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected {low} or more, finite")
     if not args.train and not args.eval:
         parser.print_help()
         parser.exit()
     if args.train and args.eval:
         parser.error("expected --train or --eval, not both")
-    if args.eval and not args.checkpoint or args.resume and not args.out:
-        parser.error("--eval needs --checkpoint FILE, --resume needs --out DIR")
+    if args.eval and not args.checkpoint or args.resume and not (args.train and args.out):
+        parser.error("--eval needs --checkpoint FILE, --resume needs --train DATA and --out DIR")
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     args.device = args.device if args.device != "auto" else "cuda" if found["cuda"] else "cpu"
     if not found.get(args.device, True):
