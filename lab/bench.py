@@ -58,7 +58,7 @@ def workload(args: argparse.Namespace, task: str) -> tuple[int, int, float]:
 def serve(args: argparse.Namespace, who: str, task: str) -> None:
     """A row's process: for each line of standard input a call, its seconds and the peak so far."""
     device, ours = torch.device(args.device), who != "release"
-    fast = who == "here" and not args.float32 and dat.has_bfloat16(device)
+    fast = who == "here" and not args.float32 and dat.has_bfloat16(args.device)
     B, size, _ = workload(args, task)
     torch.manual_seed(0)
     if task == "product":

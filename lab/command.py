@@ -24,5 +24,5 @@ def run(main, docstring: str) -> None:
     try:
         main(Parser(description=docstring, formatter_class=argparse.RawTextHelpFormatter))
     except dat.InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split()):.300}", file=sys.stderr)
         sys.exit(2)

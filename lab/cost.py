@@ -4,6 +4,7 @@
 """
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def main(parser: Parser) -> None:
     row = "{:5} {:>9} {:>5} {:>6} {:>7}  {:18} {:>11} {:>7}".format
     print(args.model, "for an image of", size, "px")
     print(row("stage", "map", "C", "heads", "groups", "blocks", "parameters", "MMAC"))
-    macs, sizes = stage_macs(config, size), config.map_sizes(size)
+    macs, sizes = stage_macs(config, size), replace(config, image_size=size).map_sizes()
     for i, (stage, (H, W)) in enumerate(zip(config.stages, sizes)):
         parameters = sum(p.numel() for name, p in model.named_parameters()
                          if name.startswith(f"stages.{i}.") or i == 0 and name.startswith("stem."))

@@ -34,7 +34,7 @@ def inspect(model: dat.DAT, images: Tensor) -> list[SimpleNamespace]:
     importance (B, G, K): the attention a key receives, summed over its group's heads and queries.
     Units: coordinates are (y, x) in px of the image.
     """
-    x, views, config = model.embed(images), [], model.config
+    x, views, config = model.stem(images.permute(0, 2, 3, 1)), [], model.config
     for i, stage in enumerate(model.stages):
         x, cell = stage.down(x), config.patch * 2 ** i  # px of the image per map px
         first = (cell - 1) / 2 if config.stem == "patch" else 0  # px of a map's first pixel
@@ -115,32 +115,34 @@ def draw(image: Tensor, views: list[SimpleNamespace], text: str,
     return content.getvalue()
 
 
-def load_model(path: str, variant: str | None) -> tuple[dat.DAT, str, tuple | None]:
-    """The model of a checkpoint, its data set and its classes. Raises: dat.InputError."""
+def load_model(path: str, variant: str | None) -> tuple[dat.DAT, tuple | None]:
+    """The model of a checkpoint, and its classes if known. Raises: dat.InputError."""
     found = dat.load_checkpoint(path)
-    recipe, state = found.get("recipe", {"train": "imagenet", "model": variant}), found["model"]
-    model = dat.DAT(found.get("config") or replace(
-        dat.VARIANTS[variant or "dat-t"], geometry="release", classes=len(state["head.weight"])))
+    config = found.get("config") or replace(
+        dat.VARIANTS[variant or "dat-t"], geometry="release", classes=len(found["model"]["head.bias"]))
+    model = dat.DAT(config)
     try:
-        model.load_state_dict(state if variant in (None, recipe["model"]) else {})
+        model.load_state_dict(found["model"])
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:99]
-        raise dat.InputError(f"{path} does not fit --model {variant or 'dat-t'}: choose another, "
-                             f"or none for a file of dat.py ({reason})") from None
-    return model.eval(), recipe["train"], found.get("classes")
+        raise dat.InputError(f"{path} does not fit --model {variant or 'dat-t'}: {error}") from None
+    return model.eval(), found.get("classes")
 
 
-def load_image(source: str, data: str | None, size: int) -> Tensor:
+def load_image(source: str, data: str, size: int) -> Tensor:
     """The picture of a file, or of DATA:INDEX, scaled: (3, size, size) uint8. dat.InputError."""
+    from PIL import Image
     from torchvision.transforms import InterpolationMode as Mode, v2
     name, _, index = source.partition(":")
-    if name not in ("shapes", "cifar10", "cifar100"):
-        image = dat.read_image(source)
-    else:
+    if name in ("shapes", "cifar10", "cifar100"):
         samples = dat.load_dataset(name, data, False)[0]
         if not index.isdecimal() or not int(index[:10]) < len(samples):
             raise dat.InputError(f"{source}: expected {name}: and 0 to {len(samples) - 1}")
         image = samples[int(index)][0]
+    else:
+        try:
+            image = Image.open(source).convert("RGB")
+        except Exception as error:  # of any kind
+            raise dat.InputError(f"{source} cannot be read as an image ({error})") from None
     return v2.functional.resize(v2.functional.to_image(image), [size] * 2, Mode.BICUBIC)
 
 
@@ -151,7 +153,7 @@ def main(parser: Parser) -> None:
     add("--model", choices=dat.VARIANTS, help="of the authors' file")
     add("--query", nargs="+", metavar="Y,X", help="in px of the image")
     add("--all", action="store_true", help="a row for every deformable block")
-    add("--data", metavar="DIR", help="of CIFAR (default: data)")
+    add("--data", metavar="DIR", default="data", help="of CIFAR")
     add("--out", default="points.png", metavar="PNG")
     args = parser.parse_args()
     out = Path(args.out)
@@ -161,9 +163,9 @@ def main(parser: Parser) -> None:
         queries = [(float(y), float(x)) for y, x in (q.split(",") for q in args.query or [])]
     except ValueError:
         raise dat.InputError(f"--query {' '.join(args.query)}: expected numbers, Y,X") from None
-    model, data, classes = load_model(args.checkpoint, args.model)
+    model, classes = load_model(args.checkpoint, args.model)
     image = load_image(args.image, args.data, model.config.image_size)
-    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in dat.STATISTICS[data])
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (dat.MEAN, dat.STD))
     images = ((image / 255 - mean) / std)[None]
     views = inspect(model, images)
     last = {view.reference.shape: view for view in views}  # of each resolution

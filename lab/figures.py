@@ -117,7 +117,8 @@ def augmentation():
             "or CutMix": v2.CutMix(num_classes=8)(*full)}
     figure, axes = subplots(len(rows), 1, (10, 6.2))
     for axis, (title, (images, _)) in zip(axes, rows.items()):
-        images = torch.nn.functional.pad(images * 0.25 + 0.5, (1, 1, 1, 1), value=1.0).clamp(0, 1)
+        images = images * torch.tensor(dat.STD)[:, None, None] + torch.tensor(dat.MEAN)[:, None, None]
+        images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0).clamp(0, 1)
         axis.imshow(torch.cat(list(images.permute(0, 2, 3, 1)), dim=1), interpolation="nearest")
         axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=11)
         axis.set(xticks=[], yticks=[])

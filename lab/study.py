@@ -52,7 +52,8 @@ def deformable(network: dat.DAT) -> list[dat.DeformableAttention]:
 @torch.no_grad()
 def measure(network: dat.DAT, images: Tensor, labels: Tensor, masks: Tensor) -> dict[str, float]:
     """The columns that the docstring above lists."""
-    parts, rows = ((images / 255 - 0.5) / 0.25).split(250), []
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (dat.MEAN, dat.STD))
+    parts, rows = ((images / 255 - mean) / std).split(250), []
     right = torch.cat([network(x).argmax(1) for x in parts]) == labels
     for attention, views in zip(deformable(network), zip(*(inspect(network, x) for x in parts))):
         points = torch.cat([view.points for view in views])  # (n, G, Hk, Wk, 2)
@@ -84,7 +85,7 @@ def trained(config: dat.DATConfig, seed: int, epochs: int) -> tuple[dat.DAT, flo
         (out / "done").touch()
     found, network = dat.load_checkpoint(out / "last.pt"), dat.DAT(config).eval()
     network.load_state_dict(found["model"])
-    return network, found["history"][-1][-1]
+    return network, sum(row[-1] for row in found["history"])
 
 
 def main(parser: Parser) -> None:
