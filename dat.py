@@ -4,17 +4,17 @@
 # ///
 """DAT in one file: Vision Transformer with Deformable Attention (Xia et al., CVPR 2022).
 
-    python dat.py --train shapes      # generated images: a minute on two cores
-    python dat.py --train cifar10     # downloads the images once
-    pytest                            # properties, parity with reference_numpy.py
+    python dat.py --train shapes    # generated images: a minute on two cores
+    python dat.py --train cifar10   # downloads the images once
+    pytest                          # properties, parity with reference_numpy.py
 
 Paper: arXiv 2201.00520. Its equations are computed in
 
-    (1)-(3) attend    (4)-(5) Block.forward    (6) DeformableAttention.project
-    (7) OffsetNetwork, DeformableAttention.points    (8) bilinear_sample
-    (9) DeformableAttention.position_bias    (10) lab/cost.py    Sec. 3.3 DAT    Tab. 1 VARIANTS
+    (1), (3) WindowAttention.forward    (2) attend    (4), (5) Block.forward
+    (6) project    (7) OffsetNetwork, points    (8) bilinear_sample    (9) position_bias, attend
+    (10) lab/cost.py    Sec. 3.3 DAT    Tab. 1 VARIANTS
 
-Symbols. Feature maps are channels-last, (B, H, W, C), everywhere:
+Symbols. Modules pass maps as (B, H, W, C), channels last:
 
     B batch   H W height, width of a map   C channels   M heads   d = C / M   G offset groups
     N = H W queries   Hk Wk grid of sampling points   K = Hk Wk keys   r = H / Hk stride
@@ -23,15 +23,15 @@ Symbols. Feature maps are channels-last, (B, H, W, C), everywhere:
 
 Departures from the paper [P] and from the authors' release 566a593 [R]:
 
-    [D1] geometry="paper": with r = 1 points start on whole pixels; in "release", which the
-         published weights need and load_official sets, between them. [R]
-    [D2] Any image size: zeros fill up patches and windows, masked; tables are resized. [P, R]
-    [D3] Shifted windows are cut at ceil(w / 2), as in the release (Swin: floor). [P]
+    [D1] geometry="paper": if r = 1, points start on whole pixels. In "release", which published
+         weights need and load_official sets, queries and points stand between them. [R]
+    [D2] Any image size: zeros fill up patches and, masked, windows; tables are resized. [P, R]
+    [D3] Windows are shifted by ceil(w / 2), as in the release (Swin: floor). [P]
     [D4] The offset network has the release's layer norm before GELU. [P]
     [D5] offsets=False and position="fixed" work; in the release they crash. [R]
-    [D6] stem="conv": the release's overlapping convolutions, not used for ImageNet. [P]
+    [D6] stem="conv": the release's overlapping convolutions, unused for ImageNet. [P]
     [D7] Weights start from PyTorch's defaults, position tables at deviation 0.01. [P]
-    [D8] RandAugment of one magnitude, no mixing in a run's last tenth, cosine after warm-up. [R]
+    [D8] RandAugment of fixed magnitude, a run's last tenth unmixed, cosine from warm-up on. [R]
 """
 import argparse
 import gc
@@ -64,7 +64,7 @@ def ceil_div(a, b):
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage. Paper: Sec. 3.3, Tab. 1. Raises: ValueError with field and value.
+    """One stage. Paper: Sec. 3.3, Tab. 1. Raises: ValueError.
     `blocks`, a letter each: L local windows, S shifted windows, D deformable attention, which
     uses `groups` (G), `stride` (r), `kernel` (k), `offset_range` (s)."""
     dim: int
@@ -84,12 +84,12 @@ class StageConfig:
         if bool(self.groups) != ("D" in self.blocks) or self.heads % (self.groups or 1):
             raise ValueError(f"groups={self.groups} must divide heads={self.heads}; None if no D")
         if self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel} is even, so it has no centre")
+            raise ValueError(f"kernel={self.kernel} is even: no centre")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DATConfig:
-    """The network. Paper: Sec. 3.3. Raises: ValueError with field and value.
+    """The network. Paper: Sec. 3.3. Raises: ValueError.
     `image_size`, an int or (H, W), sets the size of position tables; any input size works."""
     stages: tuple[StageConfig, ...]
     image_size: int | tuple[int, int] = 224
@@ -99,7 +99,7 @@ class DATConfig:
     mlp_ratio: float = 4
     drop_path: float = 0.0
     geometry: str = "paper"  # or "release" [D1]
-    offsets: bool = True  # an ablation, as is `position`
+    offsets: bool = True  # False: an ablation
     position: str = "relative"  # or "fixed" or "none"
 
     def __post_init__(self):
@@ -109,7 +109,7 @@ class DATConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {choices}")
         if self.stem == "conv" and self.patch not in (1, 2, 4):
-            raise ValueError(f"patch={self.patch} is not 1, 2 or 4, as stem='conv' needs")
+            raise ValueError(f"patch={self.patch} is not 1, 2 or 4 (stem='conv')")
 
     def map_sizes(self):
         """(H, W) of the map of each stage, for an image of `image_size`."""
@@ -148,9 +148,9 @@ def build(variant, **overrides):
 
 # ======== 2. coordinates and sampling
 def cell_centres(count, length, *, geometry, like):
-    """Where `count` points start along an axis of `length` pixels. Paper: Sec. 3.2, p.
-    Shape: (count,), typed like `like`. Units: px. "paper": from the first pixel's centre to the
-    last's. "release": the middles of `count` equal parts of that line [D1]."""
+    """`count` even positions along an axis of `length` px: p, and the queries of Eq. 9.
+    Shape: (count,), typed like `like`. "paper": from the first pixel's centre to the last's.
+    "release": the middles of `count` equal parts of that line [D1]."""
     i = torch.arange(count, dtype=like.dtype, device=like.device)
     if geometry == "release":
         return (i + 0.5) / count * (length - 1)
@@ -158,16 +158,16 @@ def cell_centres(count, length, *, geometry, like):
 
 
 def largest_offset(count, length, *, offset_range, geometry):
-    """How far a point may move along an axis: s / 2 cells of its grid. Paper: Sec. 3.2.
-    Units: px (the paper names none). A cell is H / Hk px, or (H - 1) / Hk px if "release"."""
+    """s of Eq. 7 in px: s / 2 cells of H / Hk px, or of (H - 1) / Hk px if "release". The release
+    counts in s / Hk of an axis from -1 to 1; the paper gives no unit (Sec. 3.2)."""
     return offset_range / 2 * (length if geometry == "paper" else length - 1) / count
 
 
 def bilinear_sample(maps, points):
-    """phi(z; p): a map read between its pixels, with zeros outside. Paper: Eq. 8.
-    Shape: (B, C, H, W), (B, h, w, 2) -> (B, C, h, w). Units: points (y, x) in px of the map, or a
-    tuple of y and x that broadcast to (B, h1, h2, w), h = h1 h2. grid_sample takes (x, y) from -1
-    to 1 between the edges; between the centres it would divide by 0 on one pixel."""
+    """phi(z; p): a map read between its pixels (g is bilinear), with zeros outside. Paper: Eq. 8.
+    Shape: (B, C, H, W), (B, h, u, 2) -> (B, C, h, u). Units: points (y, x) in px of the map, or a
+    tuple of y and x that broadcast to (B, h1, h2, u), h = h1 h2. For grid_sample, which takes
+    (x, y), -1 and 1 are the map's outer edges: the outer centres would divide by 0 on one pixel."""
     H, W = maps.shape[-2:]
     y, x = points if isinstance(points, tuple) else points.unbind(-1)
     y, x = torch.broadcast_tensors((2 * y + 1) / H - 1, (2 * x + 1) / W - 1)
@@ -177,7 +177,7 @@ def bilinear_sample(maps, points):
 
 
 def resize(table, size):
-    """A position table with its last two axes at another size, centre on centre [D2]."""
+    """A position table with its last two axes at another size; the middle stays there [D2]."""
     if table.shape[-2:] == size:
         return table
     resized = F.interpolate(table.flatten(0, -3)[None], size, mode="bicubic")[0]
@@ -188,7 +188,7 @@ def resize(table, size):
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2 and 9.
     Shape: (B, M, N, d), (B, M, K, d) twice, bias (B or 1, M, N, K) -> (B, M, N, d).
-    On a CPU the formula is faster than the kernels. cuDNN's has open bugs with a bias."""
+    On a CPU the formula beats PyTorch's kernels. cuDNN's has open bugs with a bias."""
     bias = None if bias is None else bias.to(q.dtype)
     if q.is_cpu:
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
@@ -218,18 +218,18 @@ def fill_up(x, side):
 
 
 class Projection(nn.Module):
-    """Convolution and norm: patch embedding and down-sampling. Paper: Sec. 3.3.
+    """Patch embedding and down-sampling. Paper: Sec. 3.3.
     Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C'). Patches (kernel = stride)
     are filled up [D2]; a larger kernel is centred [D6]."""
     def __init__(self, dim, out_dim, *, kernel, stride, bias=True):
         super().__init__()
         padding = kernel // 2 if kernel > stride else 0
-        self.patch = 1 if padding else stride
+        self.side = 1 if padding else stride
         self.conv = nn.Conv2d(dim, out_dim, kernel, stride, padding, bias=bias)
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x):
-        x = fill_up(x, self.patch).permute(0, 3, 1, 2)
+        x = fill_up(x, self.side).permute(0, 3, 1, 2)
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
@@ -237,8 +237,8 @@ class Projection(nn.Module):
 class WindowAttention(nn.Module):
     """Attention inside w x w windows with a learned bias: blocks L, and S with a `shift`.
     Paper: Sec. 3.3, from Swin (Liu et al., 2021). Shape: (B, H, W, C) -> the same, any H, W.
-    The map is filled up [D2] and rolled up and left by `shift` [D3]. The last windows then hold
-    pixels of opposite sides, so only pixels of one region attend to each other."""
+    The map is filled up [D2] and rolled up and left by `shift` [D3]. The last windows then join
+    opposite sides (regions); attention stays within a region."""
     def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
@@ -259,29 +259,29 @@ class WindowAttention(nn.Module):
         bias = self.table[:, index[:, None, :, None], index[None, :, None, :]]
         bias = bias.flatten(3).flatten(1, 2)  # (M, qy qx, ky kx)
         lower, right = (torch.arange(n, device=i.device) >= self.shift for n in (H, W))
-        region = 1 + 2 * lower[:, None] + right  # 1 to 4; what fills up is 0
+        region = 1 + 2 * lower[:, None] + right  # 1 to 4; padding is 0
         region = self.cut(region[None, :, :, None]).transpose(2, 3).reshape(-1, self.window ** 2)
         return bias.masked_fill((region[:, :, None] != region[:, None])[:, None], -math.inf)
 
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
-        qkv = self.qkv(self.cut(x)).unflatten(5, (3, M, C // M))
+        qkv = self.qkv(self.cut(x)).unflatten(5, (3, M, C // M))  # Eq. 1
         _, rows, _, columns = qkv.shape[:4]
         # (B, rows, w, columns, w, 3, M, d) -> (3, B, rows columns M, ww, d)
         q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 4)
         z = attend(q, k, v, self.bias(H, W).flatten(0, 1)[None])
-        # (B, rows columns M, ww, d) -> (B, rows, w, columns, w, M, d) -> (B, H, W, C)
+        # back: (B, rows, w, columns, w, M, d) -> (B, rows w, columns w, C)
         z = z.unflatten(2, (w, w)).unflatten(1, (rows, columns, M)).permute(0, 1, 4, 2, 5, 3, 6)
         z = z.reshape(B, rows * w, columns * w, C)
         z = z.roll((self.shift, self.shift), (1, 2)) if self.shift else z
-        return self.out(z[:, :H, :W])
+        return self.out(z[:, :H, :W])  # Eq. 3
 
 
 # ======== 5. deformable attention
 class OffsetNetwork(nn.Module):
-    """theta_offset: how far each sampling point should move. Paper: Sec. 3.2, Fig. 2 (b).
-    Depth-wise k x k convolution, layer norm [D4], GELU, 1x1 convolution without a bias, which would
-    shift all points alike. Shape: (B, H, W, C / G) -> (B, Hk, Wk, 2) yx, unbounded."""
+    """theta_offset, one for all groups: how far points should move. Paper: Sec. 3.2, Fig. 2 (b).
+    Depth-wise k x k convolution, layer norm [D4], GELU, 1x1 convolution. A bias there would shift
+    all points alike. Shape: (B, H, W, C / G) -> (B, Hk, Wk, 2) yx, unbounded."""
     def __init__(self, *, dim, kernel, stride):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, kernel, stride, kernel // 2, groups=dim)
@@ -294,14 +294,14 @@ class OffsetNetwork(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Attention to what is read where an offset network points. Paper: Sec. 3.2.
+    """Attention to x~, the map read at points that the offset network moves. Paper: Sec. 3.2.
     Shape: (B, H, W, C) -> the same, any H, W. `size`, an int or (H, W): the map that the position
-    table is for. Raises: ValueError with argument and value."""
+    table is for. Raises: ValueError."""
     def __init__(self, *, dim, heads, groups, size, stride=1, kernel=5, offset_range=2.0,
                  geometry="paper", offsets=True, position="relative"):
         super().__init__()
         stage = StageConfig(dim=dim, heads=heads, blocks="D", groups=groups, kernel=kernel)
-        DATConfig(stages=(stage,), geometry=geometry, position=position)  # both check
+        DATConfig(stages=(stage,), geometry=geometry, position=position)  # to check
         self.heads, self.groups, self.stride = heads, groups, stride
         self.offset_range, self.geometry, self.position = offset_range, geometry, position
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
@@ -326,26 +326,26 @@ class DeformableAttention(nn.Module):
             return p.expand(B, G, -1, -1, -1)
         grouped = q.unflatten(3, (G, -1)).movedim(3, 1)  # (B, G, H, W, C / G)
         raw = self.offset(grouped.flatten(0, 1)).to(like.dtype).unflatten(0, (B, G))
-        s, (y, x) = self.offset_range, raw.tanh().unbind(-1)
+        s, (dy, dx) = self.offset_range, raw.tanh().unbind(-1)
         far_y, far_x = (largest_offset(*axis, offset_range=s, geometry=geometry) for axis in axes)
-        return p + torch.stack([far_y * y, far_x * x], dim=-1)
+        return p + torch.stack([far_y * dy, far_x * dx], dim=-1)
 
     def position_bias(self, points, size):
         """phi(B^; R): the table, read at all displacements R = query - key. Paper: Eq. 9.
-        Shape: (B, G, Hk, Wk, 2) -> (B, M, N, K), or (1, M, N, K) if "fixed". The displacements
-        along y, -(H - 1) .. H - 1, stand in 2 H - 1 rows, 0 in row H - 1; along x alike."""
+        Shape: (B, G, Hk, Wk, 2) -> (B, M, N, K), (1, M, N, K) if "fixed", None if "none". Along y
+        the displacements -(H - 1) .. H - 1 stand in 2 H - 1 rows, 0 in row H - 1; x alike."""
         (B, G, Hk, Wk, _), (H, W) = points.shape, size
         if self.position == "none":
             return None
         table = self.table.to(points.dtype)
-        if self.position == "fixed":  # one for each query and key
+        if self.position == "fixed":
             table = resize(resize(table, (Hk, Wk)).permute(0, 3, 4, 1, 2), (H, W))
             return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]
         table = resize(table, (2 * H - 1, 2 * W - 1)).unflatten(0, (G, -1))
         table = table.expand(B, *table.shape).flatten(0, 1)  # (B G, M / G, 2 H - 1, 2 W - 1)
-        y, x = (cell_centres(n, n, geometry=self.geometry, like=points) for n in (H, W))
-        key_y, key_x = points.reshape(B * G, 1, 1, Hk * Wk, 2).unbind(-1)
-        R_y, R_x = y[:, None, None] - key_y, x[:, None] - key_x  # (B G, H, 1, K), (B G, 1, W, K)
+        q_y, q_x = (cell_centres(n, n, geometry=self.geometry, like=points) for n in (H, W))
+        k_y, k_x = points.reshape(B * G, 1, 1, Hk * Wk, 2).unbind(-1)
+        R_y, R_x = q_y[:, None, None] - k_y, q_x[:, None] - k_x  # (B G, H, 1, K), (B G, 1, W, K)
         bias = bilinear_sample(table, (R_y + H - 1, R_x + W - 1))
         return bias.view(B, self.heads, H * W, Hk * Wk)
 
@@ -358,15 +358,15 @@ class DeformableAttention(nn.Module):
         points = self.points(q)
         maps = x.permute(0, 3, 1, 2).reshape(B * G, C // G, H, W)
         sampled = bilinear_sample(maps, points.flatten(0, 1)).view(B, C, *points.shape[2:4])
-        sampled = sampled.flatten(2).transpose(1, 2).contiguous()  # (B, K, C)
-        q, k, v = (t.unflatten(2, (M, -1)).transpose(1, 2)
-                   for t in (q.flatten(1, 2), self.k(sampled), self.v(sampled)))
+        sampled = sampled.flatten(2).transpose(1, 2).contiguous()  # x~: (B, K, C)
+        k, v = self.k(sampled), self.v(sampled)
+        q, k, v = (t.unflatten(2, (M, -1)).transpose(1, 2) for t in (q.flatten(1, 2), k, v))
         return q, k, v, points
 
     def forward(self, x):
         q, k, v, points = self.project(x)
         z = attend(q, k, v, self.position_bias(points, x.shape[1:3]))
-        return self.out(z.transpose(1, 2).reshape(x.shape))  # (B, M, N, d) -> (B, H, W, C)
+        return self.out(z.transpose(1, 2).reshape(x.shape))  # Eq. 3, (B, M, N, d) -> (B, H, W, C)
 
 
 # ======== 6. block, network
@@ -423,7 +423,7 @@ class DAT(nn.Module):
 
     def features(self, images, points=None):
         """The maps (B, C, H, W) after the stages: a feature pyramid for a detector.
-        `points`: a list that sampling_points fills."""
+        `points`: a list that gets the points of the D blocks."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError("images must be floating point (B, 3, H, W), not "
                              f"{images.dtype} {tuple(images.shape)}")
@@ -490,20 +490,20 @@ def rename_official(state):
 
 
 def load_official(state_dict, config):
-    """A model with the authors' weights (their state dict, or below "model") and geometry [D1].
+    """A model with the authors' weights (bare or under "model") and geometry [D1].
     Raises: ValueError that names each key that is missing, unknown or of another shape."""
     model = DAT(replace(config, geometry="release"))
     try:
         model.load_state_dict(rename_official(state_dict.get("model", state_dict)))
     except RuntimeError as error:
-        raise ValueError(f"other weights than the configuration's: {error}") from None
+        raise ValueError(f"weights do not fit the configuration: {error}") from None
     return model
 
 
 # ======== 8. data
 DATA = ("shapes", "cifar10", "cifar100", "imagenet")
 SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of all data sets
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, deviation
 
 
 class InputError(ValueError):
@@ -549,7 +549,7 @@ def make_shapes(count, *, seed, side=32):
 
 
 def load_dataset(name, root, train):
-    """(image, label) pairs of the training or test half, and the class names."""
+    """(image, label) pairs of the training or test set, and the class names."""
     if name == "shapes":
         images, labels, _ = make_shapes(10_000 if train else 2_000, seed=int(train))
         return list(zip(images, labels.tolist())), SHAPES
@@ -561,8 +561,8 @@ def load_dataset(name, root, train):
                  datasets.ImageFolder(Path(root, "train" if train else "val")))
     except Exception as error:  # of any kind
         raise InputError(f"--data {root} has no {name} ({error}): expected {wanted}; "
-                         "--train shapes needs no files") from None
-    if cifar:  # as tensors, in half the time of Pillow images
+                         "--train shapes needs no files")
+    if cifar:  # tensors, twice as fast as Pillow images
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
         return list(zip(images, found.targets)), tuple(found.classes)
     return found, tuple(found.classes)
@@ -570,7 +570,7 @@ def load_dataset(name, root, train):
 
 class Parts(Dataset):
     """Parts of batches: (seed, indices) -> images (b, 3, size, size), labels (b,).
-    All draws follow from the seed. `augment` None: test; 0: crop, flip; 1: RandAugment, erasing."""
+    All draws follow from the seed. `augment`: None, 0 (crop, flip), 1 (erasing, RandAugment)."""
     def __init__(self, name, samples, size, augment):
         from torchvision.transforms import InterpolationMode, v2
         bicubic, photos, steps = InterpolationMode.BICUBIC, name == "imagenet", []
@@ -579,10 +579,10 @@ class Parts(Dataset):
                      v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
         elif photos:  # 256 for 224, 438 for 384
             steps = [v2.Resize([size * 256 // 224] * 2, bicubic), v2.CenterCrop(size)]
-        if augment:  # strength 9 of 10, as in the release (by default 9 of 30)
+        if augment:  # 9 of 10, as in the release
             steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11))
-        self.samples, self.transform = samples, v2.Compose([*steps, v2.ToImage()])
-        self.normalise = v2.Normalize(MEAN, STD)
+        self.samples, self.transform = samples, v2.Compose([*steps, v2.PILToTensor()])
+        self.normalise = v2.Normalize(*IMAGENET if photos else ([0.5] * 3, [0.25] * 3))
         self.erase = v2.RandomErasing(0.25, value="random") if augment else nn.Identity()
 
     def read(self, i):
@@ -590,7 +590,7 @@ class Parts(Dataset):
             return self.samples[i]
         except Exception as error:  # of any kind
             path = self.samples.samples[i][0]
-            raise InputError(f"{path} cannot be read ({error}): remove it") from None
+            raise InputError(f"{path} cannot be read ({error}): remove it")
 
     def __getitem__(self, part):
         seed, indices = part
@@ -602,18 +602,18 @@ class Parts(Dataset):
 
 
 # ======== 9. training
-SETTINGS = "epochs batch_size lr warmup floor clip decay".split()  # floor: last rate / lr
-RECIPES = {
+SETTINGS = "epochs batch_size lr warmup floor clip decay".split()
+RECIPES = {  # of data, or data and model; warmup as a share of the run, floor of lr
     "shapes": (4, 64, 2e-3, 0.08, 0.01, 5.0, 0.05),
     "cifar": (6, 128, 2e-3, 0.05, 0.01, 5.0, 0.05),
     "cifar cifar": (300, 256, 1e-3, 0.05, 0.01, 5.0, 0.05),
-    "imagenet": (300, 1024, 1e-3, 20 / 300, 0.01, 5.0, 0.05),  # these three: the release's
+    "imagenet": (300, 1024, 1e-3, 20 / 300, 0.01, 5.0, 0.05),  # this and below: the release's
     "imagenet dat-b": (300, 1024, 8e-4, 50 / 300, 1 / 80, 1.0, 0.05),
     "imagenet fine-tuning": (30, 512, 2e-6, 0.0, 0.05, 5.0, 1e-8)}
 
 
 def learning_rate(step, *, steps, warmup, peak, floor):
-    """Linear warm-up from a tenth of the last rate, then half a cosine down to it [D8]."""
+    """Linear warm-up from floor / 10 of peak, then half a cosine to floor of peak [D8]."""
     warm = int(steps * warmup)
     if step < warm:
         return peak * (floor / 10 + (1 - floor / 10) * step / warm)
@@ -626,7 +626,7 @@ def parameter_groups(model, decay):
     groups = {decay: [], 0.0: []}
     for name, p in model.named_parameters():
         groups[decay if p.ndim > 1 and not name.endswith("table") else 0.0].append(p)
-    return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
+    return [{"params": group, "weight_decay": rate} for rate, group in groups.items()]
 
 
 def has_bfloat16(device):
@@ -638,7 +638,7 @@ def has_bfloat16(device):
 
 @torch.no_grad()
 def evaluate(model, test, args):
-    """The test accuracy. Each process counts in its own share of the images."""
+    """The test accuracy. Each process tests its own share of the images."""
     total, model = len(test.samples), model.eval()
     right = torch.zeros((), dtype=int, device=args.device)
     parts = [(0, part.tolist()) for part in torch.arange(args.rank, total, args.world).split(100)]
@@ -666,7 +666,7 @@ def write_atomically(path, content):
 
 def load_checkpoint(path):
     """What a file of dat.py holds, or the authors' weights."""
-    try:  # the authors' files hold a yacs node of settings beside the weights
+    try:  # the authors' files hold a yacs node beside the weights
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             found = torch.load(path, map_location="cpu", weights_only=True)
         if "cls_head.weight" in found["model"]:
@@ -674,11 +674,11 @@ def load_checkpoint(path):
         config = DATConfig(**found["config"])
         return found | {"config": config, "geometry": config.geometry}
     except Exception as error:  # of any kind
-        raise InputError(f"{path} is no checkpoint of dat.py or the authors: {error!r}") from None
+        raise InputError(f"{path} is no checkpoint of dat.py or the authors: {error!r}")
 
 
 def load_for_fine_tuning(model, state):
-    """Tables of another size are resized [D2]; a head of other classes starts anew."""
+    """Tables of another size are resized [D2]; a head of another size starts anew."""
     state, ours = dict(state), model.state_dict()
     for name in state.keys() & ours.keys():
         if name.endswith("table") and ours[name].ndim == 3:
@@ -704,8 +704,8 @@ def load_model(args, classes):
             model.load_state_dict(found["model"])
     except RuntimeError as error:
         path = args.checkpoint or args.out
-        raise InputError(f"{path} does not fit --model {args.model}: {error}") from None
-    return model.to(args.device, memory_format=torch.channels_last)
+        raise InputError(f"{path} does not fit --model {args.model}: {error}")
+    return model.to(args.device)
 
 
 def train(args):
@@ -714,7 +714,7 @@ def train(args):
     samples, classes = load_dataset(args.train, args.data, True)
     tests, test_classes = load_dataset(args.train, args.data, False)
     if odd := {*classes} ^ {*test_classes}:
-        raise InputError(f"--data {args.data}: expected {min(odd)} in both train and val, or none")
+        raise InputError(f"--data {args.data}: train or val lacks the class {min(odd)}")
     model, steps = load_model(args, classes), len(samples) // args.batch_size
     if not steps or args.batch_size % args.parts or args.parts % args.world:
         raise InputError(f"--batch-size: expected a multiple of {args.parts} up to {len(samples)}")
@@ -733,7 +733,8 @@ def train(args):
         rows = args.found["history"]
     new = (f"runs/{args.train}-{args.model}-{n}" for n in range(1, 10_000))
     out = Path(args.out or next(path for path in new if not os.path.exists(path)))
-    out.mkdir(parents=True, exist_ok=True)
+    if args.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
     print(f"{args.train}: {len(samples):,} images to train, {len(tests):,} to test\n"
           f"{args.model}: {sum(map(torch.numel, model.parameters())):,} parameters, "
           f"{'bfloat16' if args.bfloat16 else 'float32'} on {args.world} x {args.device}\n"
@@ -747,7 +748,8 @@ def train(args):
             torch.save({
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "config": asdict(model.config), "recipe": args.recipe, "history": rows,
-                "epoch": len(rows), "classes": classes, "mean": MEAN, "std": STD}, file)
+                "epoch": len(rows), "classes": classes, "mean": data.normalise.mean,
+                "std": data.normalise.std}, file)
             write_atomically(out / "metrics.csv", table.encode())
             write_atomically(out / "last.pt", file.getvalue())
 
@@ -780,7 +782,7 @@ def train(args):
             images, labels = mix(images, labels) if done < mixed_steps else (images, labels)
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16):
                 loss = F.cross_entropy(forward(images), labels, label_smoothing=0.1)
-            (loss * args.world / args.parts).backward()
+            (loss * args.world / args.parts).backward()  # DDP divides by world
             total += loss.detach() / args.parts
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
@@ -795,23 +797,23 @@ def train(args):
             if args.world > 1:
                 dist.all_reduce(total)
             rows.append([epoch + 1, done + 1, total.item() / steps, None, shown - began])
-            save()
+            save()  # the test may fail
             test_and_save()
 
 
 # ======== 10. command line
 def read_flags(arguments):
-    """All settings: flags, and for those left open the run to resume, or RECIPES."""
-    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    """Each setting: its flag, else the resumed run's value, else that of RECIPES."""
+    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     parser = argparse.ArgumentParser("dat.py", usage=argparse.SUPPRESS, description=(
-        "No data at hand? python dat.py --train shapes makes its own."))
+        "To begin without data: python dat.py --train shapes"))
     flag, task = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--train", choices=DATA)
     task.add_argument("--eval", choices=DATA, help="print the test accuracy of --checkpoint")
     flag("--checkpoint", help="to evaluate or start from: last.pt or the authors'")
     flag("--data", default="data", help="folder of CIFAR, or of train/ and val/")
     flag("--out")
-    flag("--resume", action="store_true", help="go on with the run in --out")
+    flag("--resume", action="store_true", help="continue the run in --out")
     flag("--model", choices=VARIANTS)
     flag("--device", choices=("cpu", "cuda")[:1 + cuda], default="cuda" if cuda else "cpu")
     flag("--float32", action="store_true", default=None)
@@ -832,8 +834,9 @@ def read_flags(arguments):
 
     path = Path(args.out, "last.pt") if args.resume else args.checkpoint
     found = load_checkpoint(path) if path else {}
-    saved, data = found.get("recipe", {}), (args.train or args.eval).rstrip("10")
-    photos, small = data == "imagenet", "cifar" if args.device == "cuda" else "cifar-nano"
+    saved, data = found.get("recipe", {}), (args.train or args.eval).rstrip("10")  # cifar100: cifar
+    photos = data == "imagenet"
+    small = "cifar" if args.device == "cuda" else "cifar-nano"
     model = args.model or saved.get("model", "dat-t" if photos else small)
     kind = "fine-tuning" if args.checkpoint else model.removesuffix("-384")
     recipe = dict(zip(SETTINGS, RECIPES.get(f"{data} {kind}", RECIPES[data])), model=model, seed=0,
@@ -879,7 +882,7 @@ def main(arguments=None):
         return 2
     finally:
         if dist.is_initialized():
-            gc.collect()  # cycles that hold the group would abort
+            gc.collect()  # cycles holding the group abort the exit
             dist.destroy_process_group()
 
 

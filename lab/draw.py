@@ -61,26 +61,19 @@ def draw(image: Tensor, views: list[SimpleNamespace], text: str,
     """A PNG: a row of three panels for each of `views`, of `image` (3, H, W) uint8 alone.
 
     `queries` (y, x) in px of the image; if none, near the most and the least important key.
+    Points more than a sixth of the image beyond its edge are left out.
     """
     from matplotlib import patheffects
     from matplotlib.figure import Figure
-    H, W = image.shape[1:]
-    sides = torch.tensor([H, W]) - 1.0
-
-    def reach(ends: Tensor) -> Tensor:  # px that the picture goes beyond the image
-        return (0.02 * sides - ends.view(-1, 2)).clamp(torch.tensor(0.5), sides / 5).amax(0)
-
-    low = [-reach(view.points[0]) for view in views]
-    high = [sides + reach(sides - view.points[0].flatten(0, 2)) for view in views]
-    left, right = min(p[1].item() for p in low), max(p[1].item() for p in high)
-    heights = [(b - a)[0].item() / (right - left) for a, b in zip(low, high)]
-    figure = Figure(figsize=(12, 3.9 * sum(heights) + 1.2), layout="constrained")
+    sides = torch.tensor(image.shape[1:]) - 1.0
+    (top, left), (bottom, right) = (-sides / 6).tolist(), (sides * 7 / 6).tolist()
+    height = 3.9 * len(views) * (sides[0] / sides[1]).item() + 1.2
+    figure = Figure(figsize=(12, height), layout="constrained")
     figure.suptitle("DAT moves the points at which it reads an image, and attends to some far more "
                     f"than to others\n{text}".replace("$", r"\$"), fontsize=13)
-    rows = figure.subplots(len(views), 3, squeeze=False, height_ratios=heights)
     outline = [patheffects.withStroke(linewidth=3, foreground="black")]
     pale = (0.45 + 0.55 * image.permute(1, 2, 0) / 255).numpy()
-    for view, axes, (top, _), (bottom, _) in zip(views, rows, low, high):
+    for view, axes in zip(views, figure.subplots(len(views), 3, squeeze=False)):
         grid, (Hk, Wk) = view.reference.flatten(0, 1), view.reference.shape[:2]
         points, importance = view.points[0].flatten(1, 2), view.importance[0]  # (G, K, 2), (G, K)
         (y, x), G, size = points.unbind(-1), len(points), 9 / max(Hk, Wk) ** 0.5  # in pt
@@ -90,14 +83,12 @@ def draw(image: Tensor, views: list[SimpleNamespace], text: str,
             axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
             axis.set_title(title * (view is views[0]), fontsize=11)
             axis.spines[:].set_visible(False)
-            axis.patch.set_visible(False)
         axes[0].set_ylabel(f"{Hk} x {Wk} points in each of {G} groups", fontsize=11)
         area = 900 * (4 / max(4, Hk, Wk)) ** 1.5 * importance / importance.max()
         for y, x, s, near, colour in zip(y, x, area, seen, GROUPS * G):
-            axes[0].plot(torch.stack([grid[:, 1], x]), torch.stack([grid[:, 0], y]), "-o", mew=0.5,
-                         markevery=[1], color=colour, lw=size / 2.4, ms=size, mec="white")
-            axes[1].scatter(x[near], y[near], s[near], color=colour, alpha=0.75, clip_on=False,
-                            edgecolors="white", linewidths=0.6)
+            axes[0].plot(torch.stack([grid[:, 1], x]), torch.stack([grid[:, 0], y]), "-o", mec="w",
+                         mew=0.5, markevery=[1], color=colour, lw=size / 2.4, ms=size)
+            axes[1].scatter(x[near], y[near], s[near], color=colour, alpha=0.75, edgecolors="w")
         axes[0].plot(*grid.T.flip(0), "ow", ms=size * 0.7, mec="black", mew=0.6, zorder=4)
         flat = points.flatten(0, 1)
         ranked = flat[(importance * seen).flatten().argsort(descending=True)]
@@ -115,17 +106,18 @@ def draw(image: Tensor, views: list[SimpleNamespace], text: str,
     return content.getvalue()
 
 
-def load_model(path: str, variant: str | None) -> tuple[dat.DAT, tuple | None]:
-    """The model of a checkpoint, and its classes if known. Raises: dat.InputError."""
+def load_model(path: str, variant: str | None) -> tuple[dat.DAT, tuple | None, tuple]:
+    """The model of a checkpoint, its classes if known, and (mean, std). Raises: dat.InputError."""
     found = dat.load_checkpoint(path)
-    config = found.get("config") or replace(
-        dat.VARIANTS[variant or "dat-t"], geometry="release", classes=len(found["model"]["head.bias"]))
-    model = dat.DAT(config)
+    model = dat.DAT(found.get("config") or replace(
+        dat.VARIANTS[variant or "dat-t"], geometry="release",
+        classes=len(found["model"].get("head.bias", "?"))))
     try:
         model.load_state_dict(found["model"])
     except RuntimeError as error:
         raise dat.InputError(f"{path} does not fit --model {variant or 'dat-t'}: {error}") from None
-    return model.eval(), found.get("classes")
+    numbers = [found[name] for name in ("mean", "std")] if "mean" in found else dat.IMAGENET
+    return model.eval(), found.get("classes"), numbers
 
 
 def load_image(source: str, data: str, size: int) -> Tensor:
@@ -163,9 +155,9 @@ def main(parser: Parser) -> None:
         queries = [(float(y), float(x)) for y, x in (q.split(",") for q in args.query or [])]
     except ValueError:
         raise dat.InputError(f"--query {' '.join(args.query)}: expected numbers, Y,X") from None
-    model, classes = load_model(args.checkpoint, args.model)
+    model, classes, numbers = load_model(args.checkpoint, args.model)
     image = load_image(args.image, args.data, model.config.image_size)
-    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (dat.MEAN, dat.STD))
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in numbers)
     images = ((image / 255 - mean) / std)[None]
     views = inspect(model, images)
     last = {view.reference.shape: view for view in views}  # of each resolution

@@ -1,6 +1,6 @@
 """Draws the explanatory pictures of tutorial.md into figures/.
 
-    python lab/figures.py keys sampling geometry table augmentation
+    python lab/figures.py keys sampling geometry table
 """
 import io
 import sys
@@ -105,28 +105,8 @@ def table():
     return figure
 
 
-def augmentation():
-    """Eight images of `shapes`, as they are and as training shows them."""
-    from torchvision.transforms import v2
-    samples = dat.load_dataset("shapes", None, False)[0]
-    plain, cropped, full = (dat.Parts("shapes", samples, 32, augment)[0, list(range(8))]
-                            for augment in (None, 0, 1))
-    torch.manual_seed(1)
-    rows = {"as they are": plain, "cropped, flipped": cropped,
-            "RandAugment,\nerasing as well": full, "then MixUp": v2.MixUp(num_classes=8)(*full),
-            "or CutMix": v2.CutMix(num_classes=8)(*full)}
-    figure, axes = subplots(len(rows), 1, (10, 6.2))
-    for axis, (title, (images, _)) in zip(axes, rows.items()):
-        images = images * torch.tensor(dat.STD)[:, None, None] + torch.tensor(dat.MEAN)[:, None, None]
-        images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0).clamp(0, 1)
-        axis.imshow(torch.cat(list(images.permute(0, 2, 3, 1)), dim=1), interpolation="nearest")
-        axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=11)
-        axis.set(xticks=[], yticks=[])
-    return figure
-
-
 def main(parser: Parser) -> None:
-    figures = {f.__name__: f for f in (keys, sampling, geometry, table, augmentation)}
+    figures = {f.__name__: f for f in (keys, sampling, geometry, table)}
     parser.add_argument("name", choices=figures, nargs="+")
     for name in parser.parse_args().name:
         content = io.BytesIO()

@@ -3,16 +3,13 @@
     python lab/study.py offsets --epochs 3 --seeds 3
 
 A study changes one field of the model: offsets (the main question), range (s), groups (G),
-position, windows. A run is `dat.py --train shapes` on one thread, kept in runs/study until dat.py
-or the configuration changes. The table holds means over the D blocks, in % but for px: on, points
-on the object (the mask's value; off the image 0); on other, the same on another image's mask, what
-a layout blind to the image gets; att, att other: weighted by the attention a point receives;
-outside, points off the image; used, an offset along an axis of the largest allowed; own, of the
-mean square offset, what differs between images; px, mean length of an offset in px of the image.
+position, windows. A run is `dat.py --train shapes` on one thread. The table holds means over the D
+blocks, in %: on, points on the object (the mask's value; off the image 0); on other, the same on
+another image's mask, which a layout blind to the image gets too; att, att other, the same weighted
+by the attention a point receives; outside, points off the image.
 """
-import hashlib
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 from statistics import mean
 
@@ -22,7 +19,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
 from lab.command import Parser, count, run
-from lab.cost import stage_macs
 from lab.draw import inspect
 
 
@@ -45,47 +41,33 @@ STUDIES = {
                 for blocks in ("LS/LS/LD/LD", "LS/LD/LD/LD", "LD/LD/LD/LD")}}
 
 
-def deformable(network: dat.DAT) -> list[dat.DeformableAttention]:
-    return [m for m in network.modules() if isinstance(m, dat.DeformableAttention)]
-
-
 @torch.no_grad()
 def measure(network: dat.DAT, images: Tensor, labels: Tensor, masks: Tensor) -> dict[str, float]:
     """The columns that the docstring above lists."""
-    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (dat.MEAN, dat.STD))
-    parts, rows = ((images / 255 - mean) / std).split(250), []
+    parts, rows = ((images / 255 - 0.5) / 0.25).split(250), []
     right = torch.cat([network(x).argmax(1) for x in parts]) == labels
-    for attention, views in zip(deformable(network), zip(*(inspect(network, x) for x in parts))):
-        points = torch.cat([view.points for view in views])  # (n, G, Hk, Wk, 2)
+    for views in zip(*(inspect(network, x) for x in parts)):
+        points = torch.cat([view.points for view in views]).flatten(1, 3)  # (n, G K, 2)
         weights = torch.cat([view.importance for view in views]).flatten(1)  # (n, G K)
-        offset, bound = points - views[0].reference, attention.offset_range * 16 / points.shape[2]
-        on = torch.stack([dat.bilinear_sample(mask[:, None].float(), points.flatten(1, 3)[:, None])
-                          .flatten(1) for mask in (masks, masks.roll(1, 0))])  # (2, n, G K)
-        own, square = (x.square().sum(-1).mean() for x in (offset - offset.mean(0), offset))
-        rows.append(torch.stack([
-            *on.mean((1, 2)), *(on * weights).sum((1, 2)) / weights.sum(),
-            ((points < -0.5) | (points > 31.5)).any(-1).float().mean(),
-            (offset / bound).abs().mean(), own / square.clamp(min=1e-12),
-            offset.norm(dim=-1).mean() / 100]) * 100)
-    found = torch.stack(rows).mean(0).tolist() if rows else [float("nan")] * 8
-    names = "accuracy", "on", "on other", "att", "att other", "outside", "used", "own", "px"
+        on = torch.stack([dat.bilinear_sample(mask[:, None].float(), points[:, None]).flatten(1)
+                          for mask in (masks, masks.roll(1, 0))])  # (2, n, G K)
+        outside = ((points < -0.5) | (points > 31.5)).any(-1).float().mean()
+        rows.append([*on.mean((1, 2)), *(on * weights).sum((1, 2)) / weights.sum(), outside])
+    found = (torch.tensor(rows).mean(0) * 100).tolist() if rows else [float("nan")] * 5
+    names = "accuracy", "on", "on other", "att", "att other", "outside"
     return dict(zip(names, [right.float().mean().item() * 100, *found]))
 
 
-def trained(config: dat.DATConfig, seed: int, epochs: int) -> tuple[dat.DAT, float]:
-    """The model of `config`, from disk or a run, and the seconds it took."""
-    key = hashlib.sha256(Path(dat.__file__).read_bytes() + f"{config} {seed} {epochs}".encode())
-    out = Path("runs/study", key.hexdigest()[:16])
-    if not (out / "done").exists():
-        shutil.rmtree(out, ignore_errors=True)  # an interrupted run's
-        dat.VARIANTS["study"] = config
+def trained(config: dat.DATConfig, seed: int, epochs: int) -> dat.DAT:
+    """A model of `config` after --train shapes."""
+    dat.VARIANTS["study"] = config
+    with tempfile.TemporaryDirectory() as out:
         if code := dat.main(f"--train shapes --model study --device cpu --float32 --seed {seed} "
                             f"--epochs {epochs} --out {out}".split()):
             sys.exit(code)
-        (out / "done").touch()
-    found, network = dat.load_checkpoint(out / "last.pt"), dat.DAT(config).eval()
-    network.load_state_dict(found["model"])
-    return network, sum(row[-1] for row in found["history"])
+        network = dat.DAT(config).eval()
+        network.load_state_dict(dat.load_checkpoint(f"{out}/last.pt")["model"])
+    return network
 
 
 def main(parser: Parser) -> None:
@@ -97,13 +79,13 @@ def main(parser: Parser) -> None:
     test, table = dat.make_shapes(2000, seed=0), {}  # the test set of `shapes`
     for seed in range(args.seeds):
         for label, config in STUDIES[args.study].items():
-            network, seconds = trained(config, seed, args.epochs)
-            cost = {"MMAC": sum(stage_macs(config, 32)) / 1e6, "s": seconds}
-            table.setdefault(label, []).append(measure(network, *test) | cost)
+            network = trained(config, seed, args.epochs)
+            table.setdefault(label, []).append(measure(network, *test))
             if (args.study, label) == ("offsets", "learned"):  # back to the uniform grid
-                for attention in deformable(network):
-                    attention.offset = None
-                table.setdefault("learned, taken out", []).append(measure(network, *test) | cost)
+                for module in network.modules():
+                    if isinstance(module, dat.DeformableAttention):
+                        module.offset = None
+                table.setdefault("learned, taken out", []).append(measure(network, *test))
     print(f"\n{args.seeds} seeds, {args.epochs} epochs of 10,000 images, 2,000 test images, one "
           f"thread, torch {torch.__version__}; mean (smallest to largest)\n")
     names = [*table[label][0]]
