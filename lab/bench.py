@@ -2,13 +2,11 @@
 
     python lab/bench.py --model dat-t --batch-size 8
 
---release DIR measures the authors' DAT-T beside ours, a call of each in turn, and prints ratios.
-DIR is a checkout of LeapLabTHU/DAT at 566a593, which needs einops. (timm is stood in for.)
-Each row is a process of its own. Memory is that of the whole process; on a GPU, PyTorch's. Ours
-uses bfloat16 where the hardware multiplies it, the release float32, as each comes.
+--release DIR measures the authors' DAT-T beside ours, a call of each in turn. DIR is a checkout of
+LeapLabTHU/DAT at 566a593, which needs einops and timm. Each row is a process of its own. Memory is
+the process's; on a GPU, PyTorch's. Ours uses bfloat16 where hardware has it, theirs float32.
 """
 import argparse
-import platform
 import resource
 import subprocess
 import sys
@@ -23,21 +21,15 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
-from lab.command import Parser, count, run
-from lab.cost import stage_macs
+from lab.command import run
+from lab.cost import count_macs
 
 
 def release(folder):
-    """The authors' DAT-T."""
-    from torchvision.ops import StochasticDepth
-    layers, models = types.ModuleType("timm.models.layers"), types.ModuleType("models")
-    layers.DropPath = lambda rate: StochasticDepth(rate, "row")
-    layers.trunc_normal_ = torch.nn.init.trunc_normal_
-    layers.to_2tuple = lambda n: n if isinstance(n, tuple) else (n, n)
-    models.__path__ = [f"{folder}/models"]  # without its __init__
-    sys.modules |= {name: types.ModuleType(name) for name in ("timm", "timm.models")}
-    sys.modules |= {"timm.models.layers": layers, "models": models}
-    warnings.filterwarnings("ignore", "torch.meshgrid")
+    """The authors' DAT-T, from their folder `models` without its __init__."""
+    models = sys.modules["models"] = types.ModuleType("models")
+    models.__path__ = [f"{folder}/models"]
+    warnings.simplefilter("ignore")
     from models.dat import DAT
     return DAT(stage_spec=[["L", "S"], ["L", "S"], ["L", "D"] * 3, ["L", "D"]], drop_path_rate=0.2,
                strides=[-1, -1, 1, 1], offset_range_factor=[-1, -1, 2, 2],
@@ -49,10 +41,9 @@ def workload(args, task):
     if task == "product":
         side = 8192 if args.device == "cuda" else 2048
         return 1, side, 2 * side ** 3
-    size = dat.VARIANTS[args.model].image_size
-    B, size = (1, 1024) if task == "1024 px" else (args.batch_size, size)
-    macs = sum(stage_macs(dat.VARIANTS[args.model], size))
-    return B, size, B * macs * (6 if task == "training" else 2)
+    config = dat.VARIANTS[args.model]
+    B, size = (1, 1024) if task == "1024 px" else (args.batch_size, config.image_size)
+    return B, size, B * count_macs(config, size) * (6 if task == "training" else 2)
 
 
 def serve(args, who, task):
@@ -61,8 +52,7 @@ def serve(args, who, task):
     fast = ours and dat.has_bfloat16(args.device)
     torch.manual_seed(0)
     if task == "product":
-        a, b = torch.randn(2, size, size, device=args.device).to(
-            torch.bfloat16 if fast else torch.float32)
+        a, b = torch.randn(2, size, size, device=args.device)
     else:
         model = dat.build(args.model, image_size=size) if ours else release(args.release)
         model = model.to(args.device).train(task == "training")
@@ -72,18 +62,17 @@ def serve(args, who, task):
         labels = torch.randint(10, (B,), device=args.device)
     for _ in sys.stdin:
         start = time.perf_counter()
-        if task == "product":
-            a @ b
-        else:
-            optimizer.zero_grad()
-            with torch.inference_mode(task != "training"), torch.autocast(
-                    args.device, torch.bfloat16, enabled=fast):
+        with torch.autocast(args.device, torch.bfloat16, enabled=fast):
+            if task == "product":
+                a @ b
+            elif task == "training":
+                optimizer.zero_grad()
                 found = forward(images)
-                loss = F.cross_entropy(found if ours else found[0], labels)
-            if task == "training":
-                loss.backward()
+                F.cross_entropy(found if ours else found[0], labels).backward()
                 optimizer.step()
-            del found, loss
+            else:
+                with torch.inference_mode():
+                    forward(images)
         if args.device == "cuda":
             torch.cuda.synchronize()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # of KiB: Linux
@@ -107,10 +96,10 @@ def measure(names, task):
     return {name: calls[2:] for name, calls in found.items()}
 
 
-def main(parser: Parser) -> None:
+def main(parser):
     add, cuda = parser.add_argument, torch.cuda.is_available()
     add("--model", choices=dat.VARIANTS, default="dat-t")
-    add("--batch-size", type=count, default=128 if cuda else 8)
+    add("--batch-size", type=int, default=128 if cuda else 8)
     add("--device", choices=("cpu", "cuda")[:1 + cuda], default="cuda" if cuda else "cpu")
     add("--compile", action="store_true", help="torch.compile ours")
     add("--release", metavar="DIR", help="compare with the authors' code")
@@ -118,12 +107,10 @@ def main(parser: Parser) -> None:
     args = parser.parse_args()
     if args.serve:
         return serve(args, *args.serve)
-    if args.release and (args.model != "dat-t" or not Path(args.release, "models/dat.py").is_file()):
-        raise dat.InputError(f"--release {args.release}: expected models/dat.py there, and dat-t")
-    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    print(f"{args.model}, batch {args.batch_size}; 1024 px: one image; {where}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}\n"
-          f"{'':18}images/s  slowest .. fastest  of a product  peak, GiB")
+    if args.release and not Path(args.release, "models/dat.py").is_file():
+        raise dat.InputError(f"--release {args.release}: expected models/dat.py there")
+    print(f"{args.model}, batch {args.batch_size}, {args.device}, torch {torch.__version__}\n"
+          f"{'':18}images/s (slowest to fastest)  of a product  peak, GiB")
     both, products = ["release"] * bool(args.release) + ["ours"], {}
     for task in ("product", "inference", "training", "1024 px"):
         rows = measure(["ours"] if task == "1024 px" else both, task)
@@ -132,12 +119,11 @@ def main(parser: Parser) -> None:
             seconds = [s for s, _ in calls]
             speed = operations / median(seconds)
             products.setdefault(name, speed)  # operations a second of the first task
-            span = f"{B / max(seconds):,.1f} .. {B / min(seconds):,.1f}"
-            print(f"{name:8}{task:10}{B / median(seconds):8,.1f}{span:>20}"
-                  f"{speed / products[name]:14.0%}{calls[-1][1]:11.2f}")
+            print(f"{name:8}{task:10}{B / median(seconds):8,.1f} ({B / max(seconds):,.1f} to "
+                  f"{B / min(seconds):,.1f}){speed / products[name]:14.0%}{calls[-1][1]:11.2f}")
         if len(rows) > 1:
             theirs, ours = (median(s for s, _ in rows[name]) for name in both)
-            print(f"{'':18}{theirs / ours:8.2f} times the release's speed")
+            print(f"{'':18}{theirs / ours:8.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
     python lab/detect.py --epochs 10
 
-A scene has up to four figures of `shapes` on clutter, 96 x 128 px. New ones are made for each
-epoch. AP50 is the area under precision over recall at an overlap (IoU) of 0.5, the mean of the
-classes. --no-offsets keeps the points on their grid; --windows has windows in place of D blocks.
-The picture shows true boxes (white), found boxes, and where the last deformable block looks.
+A scene has up to four figures of `shapes` on clutter, 96 x 128 px; each epoch has new ones. AP50
+is the area under precision over recall at an overlap (IoU) of 0.5, the mean of the classes.
+detections.png shows true boxes (white), found ones, and where the last deformable block looks.
 """
-import io
 import sys
 import time
 from dataclasses import replace
@@ -19,16 +17,17 @@ from torch import nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, box_iou
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, make_grid, save_image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
-from lab.command import Parser, count, run
+from lab.command import run
 
 CONFIG = dat.DATConfig(image_size=(96, 128), drop_path=0.1, stages=(
     dat.StageConfig(dim=48, heads=3, blocks="LS", window=4),
     dat.StageConfig(dim=96, heads=6, blocks="LDLD", window=4, groups=3),
     dat.StageConfig(dim=192, heads=12, blocks="LD", window=4, groups=6, kernel=3)))
-COLOURS = "#0072b2 #e69f00 #009e73 #cc3311 #8e5ea2 #7a4a2b".split()
+COLOURS = "#0072b2 #e69f00 #009e73 #cc3311 #8e5ea2 #00e0ff".split()  # of the groups
 
 
 class Backbone(nn.Module):
@@ -46,51 +45,104 @@ class Backbone(nn.Module):
 
 
 def make_detector(config):
-    """Images of 8 and 16 px a pixel find figures of up to 24 px, and larger ones."""
     return FCOS(Backbone(dat.DAT(config)), num_classes=len(dat.SHAPES), min_size=96, max_size=1000,
                 image_mean=[0.5] * 3, image_std=[0.25] * 3, score_thresh=0.05,
-                anchor_generator=AnchorGenerator(((3,), (6,)), ((1.0,),) * 2))
+                anchor_generator=AnchorGenerator(((3,), (6,)), ((1.0,),) * 2))  # to 24 px, beyond
 
 
 def make_scenes(count, seed, H=96, W=128):
-    """[image (3, H, W) from 0 to 1], [boxes (n, 4), x1 y1 x2 y2 in px, and labels (n,)]."""
-    rng = torch.Generator().manual_seed(seed)
+    """Images (3, H, W) from 0 to 1; targets: boxes (n, 4) as x1 y1 x2 y2 in px, labels (n,)."""
+    rng, targets = torch.Generator().manual_seed(seed), []
     images = F.interpolate(0.5 * torch.rand(count, 3, 6, 8, generator=rng), (H, W), mode="bilinear")
     kinds = {side: dat.make_shapes(count, seed=seed + side, side=side) for side in (64, 48, 36, 28)}
-    targets = []
     for i, image in enumerate(images):
-        for _ in range(20):  # clutter: small boxes
-            y, x, height, width = (int(n * torch.rand((), generator=rng)) for n in (H, W, 9, 9))
+        clutter = torch.rand(20, 4, generator=rng) * torch.tensor([H, W, 9, 9])
+        for y, x, height, width in clutter.int().tolist():
             image[:, y:y + height, x:x + width] = 0.6 * torch.rand(3, 1, 1, generator=rng)
         boxes, labels = torch.zeros(0, 4), []
         for side, (figures, label, masks) in kinds.items():
             y, x = (int((n - side) * torch.rand((), generator=rng)) for n in (H, W))
-            rows, columns = masks[i].nonzero().T
-            box = torch.stack([x + columns.min(), y + rows.min(),
-                               x + columns.max() + 1, y + rows.max() + 1])[None].float()
+            rows, columns = masks[i].nonzero().T + torch.tensor([[y], [x]])
+            box = torch.tensor([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]])
             if not len(boxes) or box_iou(box, boxes).max() < 0.05:  # else it would hide another
-                image[:, y + rows, x + columns] = figures[i][:, rows, columns] / 255
+                image[:, rows, columns] = figures[i][:, rows - y, columns - x] / 255
                 boxes, labels = torch.cat([boxes, box]), [*labels, label[i]]
         targets.append({"boxes": boxes, "labels": torch.stack(labels)})
     return list(images), targets
 
 
 def average_precision(found, targets):
-    """AP50 of found boxes, sorted by score, in the scenes of `targets`."""
+    """AP50 of found boxes, which are sorted by score, in the scenes of `targets`."""
     areas = []
     for kind in range(len(dat.SHAPES)):
         hits, total = [], 0
         for f, target in zip(found, targets):
-            boxes = target["boxes"][target["labels"] == kind]
-            overlap = box_iou(f["boxes"][f["labels"] == kind], boxes)
-            total += len(boxes)
-            for score, row in zip(f["scores"][f["labels"] == kind].tolist(), overlap):
-                hit = len(row) > 0 and row.max().item() >= 0.5
-                if hit:
-                    overlap[:, row.argmax()] = 0  # a figure is found once
+            mine, boxes = f["labels"] == kind, target["boxes"][target["labels"] == kind]
+            overlap, total = box_iou(f["boxes"][mine], boxes), total + len(boxes)
+            for i, score in enumerate(f["scores"][mine].tolist()):
+                hit = len(boxes) > 0 and overlap[i].max().item() >= 0.5
                 hits.append((score, hit))
-        right = torch.tensor([hit for _, hit in sorted(hits, reverse=True)]).cumsum(0)
-        precision = right / torch.arange(1, len(right) + 1)
-        best = precision.flip(0).cummax(0).values.flip(0) if len(right) else precision
-        areas.append((best * right.diff(prepend=torch.zeros(1)) / max(total, 1)).sum().item())
+                if hit:
+                    overlap[:, overlap[i].argmax()] = 0  # a figure is found once
+        right = torch.tensor([0, *(hit for _, hit in sorted(hits, reverse=True))]).cumsum(0)
+        precision = (right / torch.arange(len(right)).clamp(min=1)).flip(0).cummax(0).values.flip(0)
+        areas.append((precision[1:] * right.diff()).sum().item() / max(total, 1))
     return sum(areas) / len(areas)
+
+
+def draw(scenes, targets, found, points):
+    """Six scenes with boxes, (3, H, W) uint8; `points`: a list of (1, G, Hk, Wk, 2) for the first."""
+    pictures = []
+    for image, target, f in zip(scenes[:6], targets, found):
+        picture = F.interpolate((image * 255).byte()[None], scale_factor=4)[0]
+        for boxes, colour in (target["boxes"], "white"), (f["boxes"][f["scores"] > 0.3], "yellow"):
+            picture = draw_bounding_boxes(picture, boxes * 4, colors=colour, width=3)
+        pictures.append(picture)
+    for group, colour in zip(points[-1][0] if points else (), COLOURS):
+        places = group.flatten(0, 1).flip(1) * 4 + 2  # x, y in px of the picture
+        pictures[0] = draw_keypoints(pictures[0], places[None], colors=colour, radius=5)
+    return make_grid(pictures, nrow=3)
+
+
+def main(parser):
+    add = parser.add_argument
+    add("--epochs", type=int, default=20, help="of 1,024 scenes")
+    add("--no-offsets", action="store_true", help="points stay on their grid")
+    add("--windows", action="store_true", help="S blocks in place of D blocks")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    stages = [replace(stage, blocks=stage.blocks.replace("D", "S"), groups=None)
+              for stage in CONFIG.stages] if args.windows else CONFIG.stages
+    torch.manual_seed(args.seed)
+    detector = make_detector(replace(CONFIG, stages=stages, offsets=not args.no_offsets))
+    detector = detector.to(args.device)
+    optimizer = torch.optim.AdamW(dat.parameter_groups(detector, 0.05), fused=True)
+    start, steps = time.monotonic(), args.epochs * 64
+    for step in range(steps):
+        if step % 64 == 0:
+            scenes, boxes = make_scenes(1024, 10 ** 6 * (args.seed + 1) + step * 100)
+        images = [image.to(args.device) for image in scenes[step % 64::64]]
+        targets = [{k: v.to(args.device) for k, v in t.items()} for t in boxes[step % 64::64]]
+        for group in optimizer.param_groups:
+            group["lr"] = dat.learning_rate(step, steps=steps, warmup=0.05, peak=1e-3, floor=0.01)
+        optimizer.zero_grad()
+        with torch.autocast(args.device, torch.bfloat16, enabled=dat.has_bfloat16(args.device)):
+            loss = sum(detector(images, targets).values())
+        loss.backward()
+        nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
+        optimizer.step()
+        if step % 32 == 31:
+            speed = (step + 1) / (time.monotonic() - start)
+            print(f"step {step + 1}/{steps}  loss {loss:.3f}  {speed * 16:.0f} images/s  "
+                  f"{(steps - step - 1) / speed:.0f} s left", flush=True)
+    (scenes, targets), detector = make_scenes(256, 0), detector.cpu().eval()
+    with torch.inference_mode():
+        found = [detector([image])[0] for image in scenes]
+        points = detector.backbone.model.sampling_points((scenes[0][None] - 0.5) / 0.25)
+    print(f"AP50 {average_precision(found, targets):.1%} on {len(scenes)} held-out scenes")
+    save_image(draw(scenes, targets, found, points) / 255, "detections.png")
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
-from lab.command import Parser, run
+from lab.command import run
 
 GROUPS = "#0072b2 #e69f00 #009e73 #cc3311 #8e5ea2 #7a4a2b #5f6b6d #b0a000".split()
 QUERIES = "#ff1493 #00e0ff #ffe600 #7cff4f".split()
@@ -28,12 +28,10 @@ TITLES = ("points, moved from a uniform grid\n(a colour for each group)",
 @torch.no_grad()
 def inspect(model: dat.DAT, images: Tensor) -> list[SimpleNamespace]:
     """What the deformable blocks look at, one namespace per D block, in order.
-
     reference (Hk, Wk, 2): the uniform grid;  points (B, G, Hk, Wk, 2): where keys are read;
     queries (N, 2): where the queries stand;  weights (B, M, N, K): the attention, Eq. 9;
     importance (B, G, K): the attention a key receives, summed over its group's heads and queries.
-    Units: coordinates are (y, x) in px of the image.
-    """
+    Units: coordinates are (y, x) in px of the image."""
     x, views, config = model.stem(images.permute(0, 2, 3, 1)), [], model.config
     for i, stage in enumerate(model.stages):
         x, cell = stage.down(x), config.patch * 2 ** i  # px of the image per map px
@@ -59,16 +57,13 @@ def inspect(model: dat.DAT, images: Tensor) -> list[SimpleNamespace]:
 def draw(image: Tensor, views: list[SimpleNamespace], text: str,
          queries: list[tuple[float, float]]) -> bytes:
     """A PNG: a row of three panels for each of `views`, of `image` (3, H, W) uint8 alone.
-
     `queries` (y, x) in px of the image; if none, near the most and the least important key.
-    Points more than a sixth of the image beyond its edge are left out.
-    """
+    Points more than a sixth of the image beyond its edge are left out."""
     from matplotlib import patheffects
     from matplotlib.figure import Figure
-    sides = torch.tensor(image.shape[1:]) - 1.0
-    (top, left), (bottom, right) = (-sides / 6).tolist(), (sides * 7 / 6).tolist()
-    height = 3.9 * len(views) * (sides[0] / sides[1]).item() + 1.2
-    figure = Figure(figsize=(12, height), layout="constrained")
+    H, W = image.shape[1:]
+    top, left, bottom, right = -H / 6, -W / 6, H * 7 / 6, W * 7 / 6
+    figure = Figure(figsize=(12, 3.9 * len(views) * H / W + 1.2), layout="constrained")
     figure.suptitle("DAT moves the points at which it reads an image, and attends to some far more "
                     f"than to others\n{text}".replace("$", r"\$"), fontsize=13)
     outline = [patheffects.withStroke(linewidth=3, foreground="black")]
@@ -80,9 +75,8 @@ def draw(image: Tensor, views: list[SimpleNamespace], text: str,
         seen = (y > top) & (y < bottom) & (x > left) & (x < right)
         for axis, title in zip(axes, TITLES):
             axis.imshow(pale, interpolation="nearest")
-            axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
+            axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], frame_on=False)
             axis.set_title(title * (view is views[0]), fontsize=11)
-            axis.spines[:].set_visible(False)
         axes[0].set_ylabel(f"{Hk} x {Wk} points in each of {G} groups", fontsize=11)
         area = 900 * (4 / max(4, Hk, Wk)) ** 1.5 * importance / importance.max()
         for y, x, s, near, colour in zip(y, x, area, seen, GROUPS * G):
@@ -106,17 +100,17 @@ def draw(image: Tensor, views: list[SimpleNamespace], text: str,
     return content.getvalue()
 
 
-def load_model(path: str, variant: str | None) -> tuple[dat.DAT, tuple | None, tuple]:
+def load_model(path: str, variant: str) -> tuple[dat.DAT, tuple | None, tuple]:
     """The model of a checkpoint, its classes if known, and (mean, std). Raises: dat.InputError."""
     found = dat.load_checkpoint(path)
-    model = dat.DAT(found.get("config") or replace(
-        dat.VARIANTS[variant or "dat-t"], geometry="release",
-        classes=len(found["model"].get("head.bias", "?"))))
+    theirs = replace(dat.VARIANTS[variant], geometry="release",
+                     classes=len(found["model"].get("head.bias", "?")))
+    model = dat.DAT(found.get("config", theirs))
     try:
         model.load_state_dict(found["model"])
     except RuntimeError as error:
-        raise dat.InputError(f"{path} does not fit --model {variant or 'dat-t'}: {error}") from None
-    numbers = [found[name] for name in ("mean", "std")] if "mean" in found else dat.IMAGENET
+        raise dat.InputError(f"{path} does not fit --model {variant}: {error}") from None
+    numbers = (found["mean"], found["std"]) if "mean" in found else dat.IMAGENET
     return model.eval(), found.get("classes"), numbers
 
 
@@ -138,23 +132,21 @@ def load_image(source: str, data: str, size: int) -> Tensor:
     return v2.functional.resize(v2.functional.to_image(image), [size] * 2, Mode.BICUBIC)
 
 
-def main(parser: Parser) -> None:
+def point(text: str) -> tuple[float, float]:
+    y, x = text.split(",")
+    return float(y), float(x)
+
+
+def main(parser):
     add = parser.add_argument
     add("image", metavar="IMAGE")
     add("--checkpoint", required=True, metavar="FILE")
-    add("--model", choices=dat.VARIANTS, help="of the authors' file")
-    add("--query", nargs="+", metavar="Y,X", help="in px of the image")
+    add("--model", choices=dat.VARIANTS, default="dat-t", help="of the authors' file")
+    add("--query", nargs="+", type=point, default=[], metavar="Y,X", help="in px of the image")
     add("--all", action="store_true", help="a row for every deformable block")
     add("--data", metavar="DIR", default="data", help="of CIFAR")
     add("--out", default="points.png", metavar="PNG")
     args = parser.parse_args()
-    out = Path(args.out)
-    if out.suffix != ".png" or not out.parent.is_dir():
-        raise dat.InputError(f"--out {out}: expected a name in .png, in a folder that is there")
-    try:
-        queries = [(float(y), float(x)) for y, x in (q.split(",") for q in args.query or [])]
-    except ValueError:
-        raise dat.InputError(f"--query {' '.join(args.query)}: expected numbers, Y,X") from None
     model, classes, numbers = load_model(args.checkpoint, args.model)
     image = load_image(args.image, args.data, model.config.image_size)
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in numbers)
@@ -166,8 +158,8 @@ def main(parser: Parser) -> None:
         share, best = model(images)[0].softmax(dim=0).max(dim=0)
     name = classes[best] if classes else f"class {best}"
     text = f"{args.image}, which the model takes for {name} ({share:.0%})"
-    dat.write_atomically(out, draw(image, views if args.all else chosen, text, queries))
-    print(f"{text}: see {out}")
+    dat.write_atomically(args.out, draw(image, views if args.all else chosen, text, args.query))
+    print(f"{text}: see {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Draws the explanatory pictures of tutorial.md into figures/.
 
-    python lab/figures.py keys sampling geometry table
+    python lab/figures.py
 """
-import io
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
-from lab.command import Parser, run
+from lab.command import run
 
 RED, BLUE, GREEN = "#cc3311", "#0072b2", "#009e73"
 
@@ -26,8 +25,7 @@ def subplots(rows: int, columns: int, size: tuple[float, float], H: int = 0, W: 
         if H:
             axis.hlines(torch.arange(H + 1) - 0.5, -0.5, W - 0.5, color="0.85", lw=0.8, zorder=0)
             axis.vlines(torch.arange(W + 1) - 0.5, -0.5, H - 0.5, color="0.85", lw=0.8, zorder=0)
-            axis.set(aspect="equal", xlim=(-1.1, W + 0.1), ylim=(H + 0.1, -1.1), xticks=range(W),
-                     yticks=range(H))
+            axis.set(aspect="equal", xlim=(-1, W), ylim=(H, -1), xticks=range(W), yticks=range(H))
     return figure, axes
 
 
@@ -48,23 +46,6 @@ def keys():
         axis.plot(query[1], query[0], "*", color="#ffc800", ms=20, mec="black")
         axis.set(xticks=[], yticks=[], title=title)
     figure.supxlabel("red: what the query (star) looks at", fontsize=12)
-    return figure
-
-
-def sampling():
-    """Equation 8 on the 3 x 4 map of section 5: a point and the weights of its four pixels."""
-    figure, (axis,) = subplots(1, 1, (6.2, 4.9), 3, 4)
-    y, x = 1.5, 2.25
-    for row, column in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
-        weight = max(0, 1 - abs(y - row)) * max(0, 1 - abs(x - column))
-        axis.text(column, row, f"{10 * row + column}\n" + f"weight {weight:g}" * (weight > 0),
-                  ha="center", va="center", linespacing=2.4, fontsize=11)
-        axis.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, lw=0, zorder=-1,
-                          color=(1, 1 - weight, 1 - weight))
-    axis.plot(x, y, "o", color=BLUE, ms=9)
-    axis.text(x + 0.1, y - 0.06, "(1.5, 2.25)", color=BLUE)
-    axis.set(xlabel="x", ylabel="y", xlim=(-0.6, 3.6), ylim=(2.6, -0.6),
-             title="0.375 · 12 + 0.125 · 13 + 0.375 · 22 + 0.125 · 23 = 17.25")
     return figure
 
 
@@ -105,13 +86,10 @@ def table():
     return figure
 
 
-def main(parser: Parser) -> None:
-    figures = {f.__name__: f for f in (keys, sampling, geometry, table)}
-    parser.add_argument("name", choices=figures, nargs="+")
-    for name in parser.parse_args().name:
-        content = io.BytesIO()
-        figures[name]().savefig(content, dpi=80)
-        dat.write_atomically(Path(__file__).parents[1] / f"figures/{name}.png", content.getvalue())
+def main(parser):
+    parser.parse_args()
+    for draw in (keys, geometry, table):
+        draw().savefig(Path(__file__).parents[1] / f"figures/{draw.__name__}.png", dpi=80)
 
 
 if __name__ == "__main__":

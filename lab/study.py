@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
-from lab.command import Parser, count, run
+from lab.command import run
 from lab.draw import inspect
 
 
@@ -58,43 +58,31 @@ def measure(network: dat.DAT, images: Tensor, labels: Tensor, masks: Tensor) -> 
     return dict(zip(names, [right.float().mean().item() * 100, *found]))
 
 
-def trained(config: dat.DATConfig, seed: int, epochs: int) -> dat.DAT:
-    """A model of `config` after --train shapes."""
-    dat.VARIANTS["study"] = config
-    with tempfile.TemporaryDirectory() as out:
-        if code := dat.main(f"--train shapes --model study --device cpu --float32 --seed {seed} "
-                            f"--epochs {epochs} --out {out}".split()):
-            sys.exit(code)
-        network = dat.DAT(config).eval()
-        network.load_state_dict(dat.load_checkpoint(f"{out}/last.pt")["model"])
-    return network
-
-
-def main(parser: Parser) -> None:
+def main(parser):
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--epochs", type=count, default=3)
-    parser.add_argument("--seeds", type=count, default=3, help="how many")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
     args = parser.parse_args()
     torch.set_num_threads(1)
     test, table = dat.make_shapes(2000, seed=0), {}  # the test set of `shapes`
     for seed in range(args.seeds):
         for label, config in STUDIES[args.study].items():
-            network = trained(config, seed, args.epochs)
+            dat.VARIANTS["study"], network = config, dat.DAT(config).eval()
+            with tempfile.TemporaryDirectory() as out:
+                dat.main(f"--train shapes --model study --device cpu --float32 --seed {seed} "
+                         f"--epochs {args.epochs} --out {out}".split())
+                network.load_state_dict(dat.load_checkpoint(f"{out}/last.pt")["model"])
             table.setdefault(label, []).append(measure(network, *test))
             if (args.study, label) == ("offsets", "learned"):  # back to the uniform grid
                 for module in network.modules():
                     if isinstance(module, dat.DeformableAttention):
                         module.offset = None
                 table.setdefault("learned, taken out", []).append(measure(network, *test))
-    print(f"\n{args.seeds} seeds, {args.epochs} epochs of 10,000 images, 2,000 test images, one "
-          f"thread, torch {torch.__version__}; mean (smallest to largest)\n")
-    names = [*table[label][0]]
-    print("|".join(["", args.study, *names, ""]) + "\n" + "|---" * (len(names) + 1) + "|")
+    print(f"\n{args.seeds} seeds, {args.epochs} epochs; mean (smallest to largest)\n")
+    print(args.study, *table[label][0], sep=" | ")
     for label, rows in table.items():
-        columns = [[row[name] for row in rows] for name in names]
-        cells = (f"{mean(x):.1f}" + f" ({min(x):.1f} to {max(x):.1f})" * (min(x) < max(x))
-                 for x in columns)
-        print("|".join(["", label, *cells, ""]))
+        columns = zip(*(row.values() for row in rows))
+        print(label, *(f"{mean(x):.1f} ({min(x):.1f} to {max(x):.1f})" for x in columns), sep=" | ")
 
 
 if __name__ == "__main__":
