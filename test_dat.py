@@ -492,7 +492,7 @@ def test_images_of_a_batch_do_not_see_each_other():
 
 
 def test_defaults_are_the_papers():
-    """Red if a default changes, or a checkpoint's values build another configuration."""
+    """Red if a default changes, or saved values build another network."""
     stage = StageConfig(dim=8, heads=2, blocks="L")
     assert list(asdict(stage).values())[3:] == [7, None, 1, 5, 2.0]
     assert list(asdict(DATConfig(stages=(stage,))).values())[1:] == [
@@ -568,7 +568,7 @@ def test_both_forms_of_attention_agree(monkeypatch):
 
 
 def test_compiled_and_exported_models_agree():
-    """Red if a graph breaks, sizes cannot be symbols, or every epoch compiles again."""
+    """Red if a graph breaks, or sizes cannot be symbols."""
     stage = StageConfig(dim=8, heads=2, blocks="SD", window=3, groups=1, stride=2, kernel=3)
     model = DAT(small_config(stages=(stage,)))
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -669,7 +669,7 @@ def test_the_model_needs_torch_alone():
 
 # ======== data
 def test_shapes_keep_their_values_and_masks():
-    """Red if masks and images come apart, or a seed draws other figures than it used to."""
+    """Red if masks and images come apart, or a seed draws other figures."""
     images, labels, masks = dat.make_shapes(400, seed=5)
     assert labels[:9].tolist() == [0, 3, 5, 0, 4, 3, 6, 7, 5]
     close(images[:4].float().mean((1, 2, 3)), [86.309, 90.368, 83.860, 78.136], 0.1)  # CPUs round
@@ -799,7 +799,7 @@ def saved(out):
     ("cifar10 --epochs 59 --lr 1", (59, 128, 1, 0.05, 0.01, 5, 0.05, 0)),
     ("cifar100 --model cifar", (300, 256, 1e-3, 0.05, 0.01, 5, 0.05, 1))])
 def test_recipes_are_what_suits_the_data(folder, monkeypatch, flags, recipe):
-    """Red if a number is not the release's (imagenet) or not that of the results here."""
+    """Red if a number is not the release's or that of the results."""
     assert run_cli(PHOTOS + "--epochs 1 --out start")[0] == 0
     args = dat.read_flags(f"--device cpu --train {flags}".split())
     found = [*(args.recipe[key] for key in dat.SETTINGS)]
@@ -979,7 +979,7 @@ def test_the_last_tenth_of_a_long_run_is_not_mixed(folder, tiny, monkeypatch):
 
 
 def test_two_processes_train_as_one(tiny):
-    """Red if gradients are summed, an image counts twice, or draws depend on the process."""
+    """Red if gradients are summed, an image counts twice, or draws differ."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -998,7 +998,7 @@ def test_two_processes_train_as_one(tiny):
     (RUN, "evaluate", 2, 2, 1), (PHOTOS, "learning_rate", 5, 1, 1)])
 def test_an_interrupted_run_resumes_exactly(folder, tiny, monkeypatch, run, moment, call, epoch,
                                             tested):
-    """Red if a step depends on what is not saved, or a test costs its epoch."""
+    """Red if a step needs what is not saved, or a test costs its epoch."""
     calls, real = [], getattr(dat, moment)
 
     def interrupted(*args, **kwargs):
@@ -1125,6 +1125,8 @@ def test_published_checkpoints_are_evaluated(folder, monkeypatch):
     samples, _ = dat.load_dataset("imagenet", "images", False)
     images, labels = dat.Parts("imagenet", samples, 32, None)[0, list(range(15))]
     accuracy = (model(images).argmax(1) == labels).float().mean()
+    loaded = dat.load_official(dat.load_checkpoint("theirs.pth")["model"], model.config)
+    assert torch.equal(loaded.eval()(images), model(images))
     run = "--eval imagenet --data images --checkpoint theirs.pth"
     code, out, err = run_cli(run + " --model dat-t --float32")
     assert code == 0 and f"test accuracy {accuracy:.2%}" in out, err
@@ -1194,7 +1196,7 @@ def test_costs_are_the_papers(monkeypatch):
 
 
 def test_pictures_show_what_the_model_reads(tiny, monkeypatch):
-    """Red if points of a picture are not the model's, or a figure cannot be drawn."""
+    """Red if points are wrong, or a figure fails."""
     from lab import draw, figures
     model, images = DAT(small_config()), torch.randn(2, 3, 16, 20)
     for view, points in zip(draw.inspect(model, images), model.sampling_points(images)):
@@ -1247,7 +1249,7 @@ def tutorial_blocks(language):
 
 
 def test_the_tutorial_prints_what_it_shows():
-    """Red if a Python block of the page fails, in order, or prints something else."""
+    """Red if a Python block fails or prints something else."""
     namespace, options = {}, torch._tensor_str.PRINT_OPTS.__dict__.copy()
     try:
         for code, expected in tutorial_blocks("python"):
