@@ -80,8 +80,9 @@ def draw(image: Tensor, views: list[SimpleNamespace], text: str,
         axes[0].set_ylabel(f"{Hk} x {Wk} points in each of {G} groups", fontsize=11)
         area = 900 * (4 / max(4, Hk, Wk)) ** 1.5 * importance / importance.max()
         for y, x, s, near, colour in zip(y, x, area, seen, GROUPS * G):
-            axes[0].plot(torch.stack([grid[:, 1], x]), torch.stack([grid[:, 0], y]), "-o", mec="w",
-                         mew=0.5, markevery=[1], color=colour, lw=size / 2.4, ms=size)
+            ends = torch.stack([grid, torch.stack([y, x], dim=1)])[:, near]  # (from, to, yx)
+            axes[0].plot(*ends.unbind(-1)[::-1], "-o", mec="w", mew=0.5, markevery=[1],
+                         color=colour, lw=size / 2.4, ms=size)
             axes[1].scatter(x[near], y[near], s[near], color=colour, alpha=0.75, edgecolors="w")
         axes[0].plot(*grid.T.flip(0), "ow", ms=size * 0.7, mec="black", mew=0.6, zorder=4)
         flat = points.flatten(0, 1)
