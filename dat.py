@@ -31,7 +31,7 @@ Departures from the paper [P] and from the authors' release 566a593 [R]:
     [D5] offsets=False and position="fixed" work; in the release they crash. [R]
     [D6] stem="conv": the release's overlapping convolutions, unused for ImageNet. [P]
     [D7] Weights start from PyTorch's defaults, position tables at deviation 0.01. [P]
-    [D8] RandAugment of fixed magnitude, a run's last tenth unmixed, cosine from warm-up on. [R]
+    [D8] RandAugment always, at one strength; a run's last tenth unmixed; cosine after warm-up. [R]
 """
 import argparse
 import gc
@@ -633,7 +633,7 @@ def has_bfloat16(device):
     """Whether the hardware multiplies bfloat16."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 @torch.no_grad()
@@ -703,7 +703,7 @@ def load_model(args, classes):
         elif found:
             model.load_state_dict(found["model"])
     except RuntimeError as error:
-        path = args.checkpoint or args.out
+        path = args.out if args.resume else args.checkpoint
         raise InputError(f"{path} does not fit --model {args.model}: {error}")
     return model.to(args.device)
 
@@ -829,12 +829,12 @@ def read_flags(arguments):
             parser.error(f"{name} {typed[name]} is not above 0")
     if args.eval and not args.checkpoint or args.resume and not (args.train and args.out):
         parser.error("--eval needs --checkpoint; --resume needs --train and --out")
-    if not args.resume and os.path.isdir(args.out or "") and os.listdir(args.out):
-        parser.error(f"--out {args.out} is not empty: choose another, or --resume it")
+    if not args.resume and os.path.exists(f"{args.out}/last.pt"):
+        parser.error(f"--out {args.out} holds a run: choose another, or --resume it")
 
     path = Path(args.out, "last.pt") if args.resume else args.checkpoint
     found = load_checkpoint(path) if path else {}
-    saved, data = found.get("recipe", {}), (args.train or args.eval).rstrip("10")  # cifar100: cifar
+    saved, data = found.get("recipe", {}), (args.train or args.eval).rstrip("10")
     photos = data == "imagenet"
     small = "cifar" if args.device == "cuda" else "cifar-nano"
     model = args.model or saved.get("model", "dat-t" if photos else small)
@@ -863,11 +863,12 @@ def main(arguments=None):
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
-            if args.rank == 0:
-                load_dataset(args.train or args.eval, args.data, bool(args.train))  # downloads
-            else:
-                sys.stdout = open(os.devnull, "w")
-            dist.barrier()
+            try:
+                if args.rank == 0:
+                    load_dataset(args.train or args.eval, args.data, bool(args.train))  # downloads
+            finally:
+                dist.barrier()
+            sys.stdout = open(os.devnull, "w") if args.rank else sys.stdout
         if args.train:
             train(args)
         else:
@@ -882,7 +883,7 @@ def main(arguments=None):
         return 2
     finally:
         if dist.is_initialized():
-            gc.collect()  # cycles holding the group abort the exit
+            gc.collect()  # cycles holding the group abort
             dist.destroy_process_group()
 
 
