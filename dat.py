@@ -301,7 +301,7 @@ class DeformableAttention(nn.Module):
                  geometry="paper", offsets=True, position="relative"):
         super().__init__()
         stage = StageConfig(dim=dim, heads=heads, blocks="D", groups=groups, kernel=kernel)
-        DATConfig(stages=(stage,), geometry=geometry, position=position)  # to check
+        DATConfig(stages=(stage,), geometry=geometry, position=position)
         self.heads, self.groups, self.stride = heads, groups, stride
         self.offset_range, self.geometry, self.position = offset_range, geometry, position
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
@@ -454,7 +454,7 @@ class DAT(nn.Module):
 OFFICIAL_NAMES = [  # (in the release, here), all applied in order
     (r"^patch_proj\.", "stem."),
     (r"^down_projs\.(\d+)", lambda i: f"stages.{int(i[1]) + 1}.down"),
-    (r"layer_norms\.(\d+)\.norm",  # two for each block
+    (r"layer_norms\.(\d+)\.norm",
      lambda i: f"blocks.{int(i[1]) // 2}.norm{int(i[1]) % 2 + 1}"),
     (r"mlps\.(\d+)\.chunk", r"blocks.\1.mlp"),
     (r"attns\.(\d+)", r"blocks.\1.attention"),
@@ -480,7 +480,7 @@ def rename_official(state):
         ours = name
         for pattern, new in OFFICIAL_NAMES:
             ours = re.sub(pattern, new, ours)
-        if name.endswith("relative_position_bias_table"):  # (side^2, M)
+        if name.endswith("relative_position_bias_table"):
             side = math.isqrt(len(value))
             value = value.T.reshape(-1, side, side)
         elif value.ndim == 4 and not ours.endswith("conv.weight"):
@@ -827,8 +827,9 @@ def read_flags(arguments):
     for name in ("epochs", "batch_size", "accumulate", "lr"):
         if not 0 < typed.get(name, 1) < math.inf:
             parser.error(f"{name} {typed[name]} is not above 0")
-    if args.eval and not args.checkpoint or args.resume and not (args.train and args.out):
-        parser.error("--eval needs --checkpoint; --resume needs --train and --out")
+    if (args.workers < 0 or args.eval and not args.checkpoint
+            or args.resume and not (args.train and args.out)):
+        parser.error("--workers from 0; --eval needs --checkpoint, --resume --train and --out")
     if not args.resume and os.path.exists(f"{args.out}/last.pt"):
         parser.error(f"--out {args.out} holds a run: choose another, or --resume it")
 
@@ -865,7 +866,7 @@ def main(arguments=None):
             dist.init_process_group()
             try:
                 if args.rank == 0:
-                    load_dataset(args.train or args.eval, args.data, bool(args.train))  # downloads
+                    load_dataset(args.train or args.eval, args.data, bool(args.train))
             finally:
                 dist.barrier()
             sys.stdout = open(os.devnull, "w") if args.rank else sys.stdout
