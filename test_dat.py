@@ -1054,7 +1054,7 @@ def test_resuming_something_else_is_refused_by_name(tiny):
     for flags, word in (
             ("--epochs 3", "epochs 1"), ("--lr 5e-4", "lr"), ("--seed 1", "seed 3"),
             ("--batch-size 10", "batch_size 20"), ("--model cifar", "cifar-nano"),
-            ("--accumulate 2", "accumulate 1"), ("--float32", "float32"), ("--out absent", "absent")):
+            ("--accumulate 2", "accumulate 1"), ("--float32", "float32"), ("--out no", "no")):
         assert_input_error(f"--train shapes --out o --resume {flags}", word)
 
 
@@ -1195,7 +1195,7 @@ def test_costs_are_the_papers(monkeypatch):
 
 
 def test_pictures_show_what_the_model_reads(tiny, monkeypatch):
-    """Red if points are wrong, or a figure fails."""
+    """Red if points or a figure are wrong."""
     from lab import draw, figures
     model, images = DAT(small_config()), torch.randn(2, 3, 16, 20)
     for view, points in zip(draw.inspect(model, images), model.sampling_points(images)):

@@ -91,7 +91,7 @@ def average_precision(found, targets):
 
 
 def draw(scenes, targets, found, points):
-    """Six scenes with boxes, (3, H, W) uint8; `points`: a list of (1, G, Hk, Wk, 2) for the first."""
+    """Six scenes with boxes, (3, H, W) uint8; `points`: a list of (1, G, Hk, Wk, 2), or none."""
     pictures = []
     for image, target, f in zip(scenes[:6], targets, found):
         picture = F.interpolate((image * 255).byte()[None], scale_factor=4)[0]
