@@ -76,7 +76,7 @@ def arrays(module):
 
 
 def small_config(**changes):
-    """Every kind of block, r = 1 and 2, G < M, in milliseconds."""
+    """Every kind of block, r = 1 and 2, G < M."""
     stages = (StageConfig(dim=8, heads=2, blocks="LSD", window=3, groups=1, stride=2, kernel=3),
               StageConfig(dim=12, heads=4, blocks="LD", window=2, groups=2, kernel=5))
     return DATConfig(**{"stages": stages, "image_size": 16, "patch": 2, "classes": 5, **changes})
@@ -711,7 +711,7 @@ def test_cifar_is_read_from_its_folder(tmp_path, monkeypatch, name, labels):
 
 
 def test_offline_the_error_says_what_to_do(tmp_path, monkeypatch):
-    """Red if the line lacks what was tried, where, or the way without."""
+    """Red if the line lacks what was tried or the way without."""
     from torchvision import datasets
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
@@ -1031,17 +1031,18 @@ def test_a_killed_run_resumes_exactly(tiny):
     assert sorted(os.listdir("o")) == ["last.pt", "metrics.csv"]
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(tiny, monkeypatch):
-    """Red if a file is written in place, a part of one is left, or the error is lost."""
-    calls, real = [], os.fsync
+@pytest.mark.parametrize("owner, name", [(os, "fsync"), (Path, "replace")])
+def test_a_full_disk_keeps_the_checkpoint_before(tiny, monkeypatch, owner, name):
+    """Red if a file is written in place, or a part of one is left."""
+    calls, real = [], getattr(owner, name)
 
-    def full(descriptor):
+    def full(*args):
         calls.append(1)
-        if len(calls) == 4:  # metrics.csv and last.pt: after epoch 1, after its test
-            raise OSError(28, "No space left on device")
-        real(descriptor)
+        if len(calls) == 4:  # last.pt after its test
+            raise OSError(28, "No space left")
+        real(*args)
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(owner, name, full)
     assert_input_error(RUN + "--epochs 2 --out o", "No space left")
     assert sorted(os.listdir("o")) == ["last.pt", "metrics.csv"]
     assert saved("o")["history"][0][3] is None
@@ -1049,7 +1050,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tiny, monkeypatch):
 
 
 def test_resuming_something_else_is_refused_by_name(tiny):
-    """Red if --resume mixes two runs, or starts afresh where nothing is."""
+    """Red if --resume mixes two runs, or starts where nothing is."""
     assert run_cli(RUN + "--epochs 1 --out o --seed 3")[0] == 0
     for flags, word in (
             ("--epochs 3", "epochs 1"), ("--lr 5e-4", "lr"), ("--seed 1", "seed 3"),
