@@ -482,7 +482,7 @@ def rename_official(state):
             ours = re.sub(pattern, new, ours)
         if name.endswith("relative_position_bias_table"):
             side = math.isqrt(len(value))
-            value = value.T.reshape(-1, side, side)
+            value = value.T.reshape(-1, side, side)  # from (side^2, M)
         elif value.ndim == 4 and not ours.endswith("conv.weight"):
             value = value.flatten(1)  # 1x1 convolutions there
         renamed[ours] = value
@@ -594,11 +594,10 @@ class Parts(Dataset):
 
     def __getitem__(self, part):
         seed, indices = part
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            images, labels = zip(*map(self.read, indices))
-            images = self.normalise(torch.stack([self.transform(i) for i in images]) / 255)
-            return torch.stack([self.erase(i) for i in images]), torch.tensor(labels)
+        torch.manual_seed(seed)
+        images, labels = zip(*map(self.read, indices))
+        images = self.normalise(torch.stack([self.transform(i) for i in images]) / 255)
+        return torch.stack([self.erase(i) for i in images]), torch.tensor(labels)
 
 
 # ======== 9. training
@@ -866,7 +865,7 @@ def main(arguments=None):
             dist.init_process_group()
             try:
                 if args.rank == 0:
-                    load_dataset(args.train or args.eval, args.data, bool(args.train))
+                    load_dataset(args.train or args.eval, args.data, bool(args.train))  # downloads
             finally:
                 dist.barrier()
             sys.stdout = open(os.devnull, "w") if args.rank else sys.stdout

@@ -901,7 +901,7 @@ def test_every_step_starts_without_gradients_and_draws_anew(tiny, monkeypatch):
             calls.append((name, *a)), real(*a, **k))[1])
     assert run_cli(RUN + "--epochs 2 --out o")[0] == 0
     assert [call[0] for call in calls if call[0] != "manual_seed"] == ["zero_grad", "step"] * 8
-    seeds = [call for call in calls if call[0] == "manual_seed" and call[1]]  # 0: tests, weights
+    seeds = [call for call in calls if call[0] == "manual_seed" and call[1]]
     assert len(set(seeds)) == len(seeds) == 2 * (1 + 4 + 4)
 
 
@@ -924,9 +924,9 @@ def test_bfloat16_is_used_where_hardware_multiplies_it(tiny, monkeypatch):
 def test_runs_are_numbered_and_seeds_differ(tiny):
     """Red if a second run overwrites the first, or its seed is ignored."""
     for seed in (0, 1):
-        assert run_cli(f"{RUN} --epochs 1 --seed {seed}")[0] == 0
+        assert run_cli(f"{RUN} --epochs 1 --lr 1e-9 --seed {seed}")[0] == 0
     one, two = (saved(f"runs/shapes-cifar-nano-{n}")["model"] for n in (1, 2))
-    assert not torch.equal(one["head.weight"], two["head.weight"])
+    assert (one["head.weight"] - two["head.weight"]).abs().max() > 0.01
     assert_input_error(RUN + "--out runs/shapes-cifar-nano-1", "holds a run")
 
 
