@@ -301,13 +301,13 @@ class DeformableAttention(nn.Module):
                  geometry="paper", offsets=True, position="relative"):
         super().__init__()
         stage = StageConfig(dim=dim, heads=heads, blocks="D", groups=groups, kernel=kernel)
-        DATConfig(stages=(stage,), geometry=geometry, position=position)
+        H, W = DATConfig(stages=(stage,), image_size=size, patch=1, geometry=geometry,
+                         position=position).map_sizes()[0]
         self.heads, self.groups, self.stride = heads, groups, stride
         self.offset_range, self.geometry, self.position = offset_range, geometry, position
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
         network = OffsetNetwork(dim=dim // groups, kernel=kernel, stride=stride)
         self.offset = network if offsets else None
-        H, W = (size, size) if isinstance(size, int) else size
         if position == "relative":
             self.table = position_table(heads, 2 * H - 1, 2 * W - 1)
         elif position == "fixed":
@@ -482,10 +482,10 @@ def rename_official(state):
             ours = re.sub(pattern, new, ours)
         if name.endswith("relative_position_bias_table"):
             side = math.isqrt(len(value))
-            value = value.T.reshape(-1, side, side)  # from (side^2, M)
+            value = value.T.reshape(-1, side, side)
         elif value.ndim == 4 and not ours.endswith("conv.weight"):
             value = value.flatten(1)  # 1x1 convolutions there
-        renamed[ours] = value
+        renamed[f"{name} twice" if ours in renamed else ours] = value
     return renamed
 
 

@@ -404,10 +404,10 @@ def test_official_loading_names_every_odd_key():
     state = official_state()
     del state["cls_norm.norm.bias"]
     state["cls_head.weight"] = torch.zeros(6, 64)
-    state["stages.9.extra"] = torch.zeros(1)
+    state["stages.9.extra"] = state["head.bias"] = torch.zeros(1)
     with pytest.raises(ValueError) as error:
         dat.load_official(state, official_config())
-    for part in ('"norm.bias"', "stages.9.extra", "head.weight", "[6, 64]"):
+    for part in ('"norm.bias"', "stages.9.extra", "head.bias twice", "head.weight", "[6, 64]"):
         assert part in str(error.value)
 
 
@@ -425,7 +425,7 @@ def test_variants_have_the_published_size(variant, parameters, drop_path):
 
 
 def test_checkpoints_of_earlier_versions_load():
-    """Red if a parameter is renamed, reshaped or moved (a digest)."""
+    """Red if a parameter is renamed, reshaped or moved."""
     state = dat.build("cifar-nano").state_dict()
     lines = "\n".join(f"{name} {list(value.shape)}" for name, value in state.items())
     assert hashlib.sha256(lines.encode()).hexdigest()[:16] == "aac440773024328f"
@@ -530,7 +530,7 @@ def test_training_works_in_bfloat16_with_drop_path():
 
 @pytest.mark.parametrize("geometry", ["paper", "release"])
 def test_half_precision_samples_where_float32_does(geometry):
-    """Red if points, map or table are computed or read in bfloat16."""
+    """Red if points, map or table are read in bfloat16."""
     attention = small_attention(dim=4, heads=1, groups=1, size=(1, 160), geometry=geometry)
     attention.bfloat16()
     maps, points = random_input(1, 4, 1, 160).bfloat16(), torch.rand(1, 1, 1, 50, 2) * 160
@@ -799,7 +799,7 @@ def saved(out):
     ("cifar10 --epochs 59 --lr 1", (59, 128, 1, 0.05, 0.01, 5, 0.05, 0)),
     ("cifar100 --model cifar", (300, 256, 1e-3, 0.05, 0.01, 5, 0.05, 1))])
 def test_recipes_are_what_suits_the_data(folder, monkeypatch, flags, recipe):
-    """Red if a number is not the release's or that of the results."""
+    """Red if a number is not the release's or the results'."""
     assert run_cli(PHOTOS + "--epochs 1 --out start")[0] == 0
     args = dat.read_flags(f"--device cpu --train {flags}".split())
     found = [*(args.recipe[key] for key in dat.SETTINGS)]

@@ -32,7 +32,8 @@ def count_macs(config: dat.DATConfig, size: int) -> int:
 
 def main(parser):
     parser.add_argument("--model", choices=dat.VARIANTS, default="dat-t")
-    config = dat.VARIANTS[parser.parse_args().model]
+    name = parser.parse_args().model
+    config = dat.VARIANTS[name]
     model, row = dat.DAT(config), "{:9} {:>5} {:>6} {:>7}  {:18} {:>11}".format
     print(row("map", "C", "heads", "groups", "blocks", "parameters"))
     for stage, (H, W), part in zip(config.stages, config.map_sizes(), model.stages):
@@ -40,7 +41,7 @@ def main(parser):
                   f"{sum(p.numel() for p in part.parameters()):,}"))
     print(f"in all, with stem and head: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{count_macs(config, config.image_size) / 1e9:.2f} G multiply-accumulates "
-          f"(paper: {PUBLISHED.get(parser.parse_args().model, '-')})")
+          f"(paper: {PUBLISHED.get(name, '-')})")
 
 
 if __name__ == "__main__":

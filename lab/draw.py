@@ -111,8 +111,8 @@ def load_model(path: str, variant: str) -> tuple[dat.DAT, tuple | None, tuple]:
         model.load_state_dict(found["model"])
     except RuntimeError as error:
         raise dat.InputError(f"{path} does not fit --model {variant}: {error}") from None
-    numbers = (found["mean"], found["std"]) if "mean" in found else dat.IMAGENET
-    return model.eval(), found.get("classes"), numbers
+    statistics = (found["mean"], found["std"]) if "mean" in found else dat.IMAGENET
+    return model.eval(), found.get("classes"), statistics
 
 
 def load_image(source: str, data: str, size: int) -> Tensor:
@@ -148,9 +148,9 @@ def main(parser):
     add("--data", metavar="DIR", default="data", help="of CIFAR")
     add("--out", default="points.png", metavar="PNG")
     args = parser.parse_args()
-    model, classes, numbers = load_model(args.checkpoint, args.model)
+    model, classes, statistics = load_model(args.checkpoint, args.model)
     image = load_image(args.image, args.data, model.config.image_size)
-    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in numbers)
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in statistics)
     images = ((image / 255 - mean) / std)[None]
     views = inspect(model, images)
     last = {view.reference.shape: view for view in views}  # of each resolution
