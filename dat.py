@@ -188,7 +188,7 @@ def resize(table, size):
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2 and 9.
     Shape: (B, M, N, d), (B, M, K, d) twice, bias (B or 1, M, N, K) -> (B, M, N, d).
-    On a CPU the formula beats PyTorch's kernels. cuDNN's has open bugs with a bias."""
+    On a CPU the formula beats PyTorch's kernels. cuDNN's has bugs with a bias."""
     bias = None if bias is None else bias.to(q.dtype)
     if q.is_cpu:
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
@@ -212,7 +212,7 @@ def drop_path(x, rate, training):
 
 
 def fill_up(x, side):
-    """(B, H, W, C) with zeros at the bottom and right, to multiples of `side` [D2]."""
+    """(B, H, W, C) with zeros at bottom and right, to multiples of `side` [D2]."""
     bottom, right = -x.shape[1] % side, -x.shape[2] % side
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
@@ -268,9 +268,9 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(self.cut(x)).unflatten(5, (3, M, C // M))  # Eq. 1
         _, rows, _, columns = qkv.shape[:4]
         # (B, rows, w, columns, w, 3, M, d) -> (3, B, rows columns M, ww, d)
-        q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 4)
-        z = attend(q, k, v, self.bias(H, W).flatten(0, 1)[None])
-        # back: (B, rows, w, columns, w, M, d) -> (B, rows w, columns w, C)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 4)
+        z = attend(*qkv, self.bias(H, W).flatten(0, 1)[None])
+        # (B, rows, w, columns, w, M, d) -> (B, rows w, columns w, C)
         z = z.unflatten(2, (w, w)).unflatten(1, (rows, columns, M)).permute(0, 1, 4, 2, 5, 3, 6)
         z = z.reshape(B, rows * w, columns * w, C)
         z = z.roll((self.shift, self.shift), (1, 2)) if self.shift else z
@@ -387,12 +387,13 @@ class Block(nn.Module):
             self.attention = WindowAttention(
                 dim=dim, heads=stage.heads, window=stage.window, shift=shift)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(OrderedDict(
-            expand=nn.Linear(dim, hidden), gelu=nn.GELU(), contract=nn.Linear(hidden, dim)))
+        self.mlp = nn.ModuleDict({
+            "expand": nn.Linear(dim, hidden), "contract": nn.Linear(hidden, dim)})
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
-        return drop_path(self.mlp(self.norm2(z)), self.rate, self.training) + z
+        hidden = self.mlp.expand(self.norm2(z))
+        return drop_path(self.mlp.contract(F.gelu(hidden)), self.rate, self.training) + z
 
 
 class DAT(nn.Module):

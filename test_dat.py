@@ -588,7 +588,7 @@ def test_compiled_and_exported_models_agree():
 
 
 def test_drop_path_drops_whole_samples():
-    """Red if elements are dropped, survivors not scaled, or a branch ignores its rate."""
+    """Red if elements drop, survivors not scaled, or a branch ignores its rate."""
     x = torch.ones(4000, 2, 3)
     dropped = dat.drop_path(x, 0.25, True)
     assert torch.equal(dropped.amin((1, 2)), dropped.amax((1, 2)))
@@ -596,7 +596,7 @@ def test_drop_path_drops_whole_samples():
     assert 0.95 < dropped.mean() < 1.05 and dat.drop_path(x, 0.25, False) is x
     block, z = DAT(small_config()).stages[0].blocks[0].train(), torch.randn(64, 4, 4, 8)
     block.rate = 0.5
-    for branch in (block.attention, block.mlp):
+    for branch in (block.attention, block.mlp.contract):
         branch.register_forward_hook(lambda *_: torch.ones(64, 4, 4, 8))
     assert (block(z) - z).amax((1, 2, 3)).round().unique().tolist() == [0, 2, 4]
 
