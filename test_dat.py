@@ -184,7 +184,7 @@ def test_gradients_equal_differences_of_the_loops(geometry, stride):
                                             2, stride, 3, 2.0, geometry)
         return (out * weights.numpy()).sum()
 
-    close(slope, (value(1e-6) - value(-1e-6)) / 2e-6, tolerance=1e-6 * abs(slope))
+    close(slope, (value(1e-6) - value(-1e-6)) / 2e-6, 1e-6 * abs(slope))
 
 
 # ======== coordinates, sampling, offsets
@@ -203,8 +203,7 @@ def test_offsets_reach_their_bound_and_no_further(H, W, r, s, geometry):
     """Red if s loses its half, H / n turns into W / n, or tanh is missing."""
     attention = small_attention(stride=r, offset_range=s, geometry=geometry)
     q = random_input(1, H, W, 8)
-    with torch.no_grad():
-        attention.offset.out.weight.mul_(1e6)
+    attention.offset.out.weight.data.mul_(1e6)
     moved = attention.points(q).detach()
     attention.offset = None
     offset = (moved - attention.points(q)).abs().numpy()
@@ -395,8 +394,7 @@ def test_official_names_and_shapes_are_the_releases():
     """Red if a name or shape is not the authors', derived buffers included."""
     layout = official_layout(DAT(official_config()))
     lines = "\n".join(f"{name} {list(shape)}" for name, (shape, _) in sorted(layout.items()))
-    assert hashlib.sha256(lines.encode()).hexdigest() == \
-        "23fc009648a3136b138f0d05151f149d3e31a405c1d330294d4e03e2bebb6533"
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == "23fc009648a3136b"
 
 
 def test_official_loading_names_every_odd_key():
@@ -438,7 +436,7 @@ def test_checkpoints_of_earlier_versions_load():
 def test_every_parameter_and_every_field_counts(change):
     """[D5] Red if a field crashes, is ignored, or leaves a parameter unused; named. (A key bias
     shifts all scores of a query alike: its gradient is zero.)"""
-    stage = StageConfig(dim=8, heads=2, blocks="LSD", window=3, groups=1, stride=2, kernel=3)
+    stage = small_config().stages[0]
     of_stage = change.keys() <= asdict(stage).keys()
     model = DAT(small_config(stages=(stage,)))
     other = DAT(small_config(stages=(replace(stage, **change),)) if of_stage else
@@ -493,12 +491,13 @@ def test_images_of_a_batch_do_not_see_each_other():
 
 def test_defaults_are_the_papers():
     """Red if a default changes, or saved values build another network."""
-    stage = StageConfig(dim=8, heads=2, blocks="L")
-    assert list(asdict(stage).values())[3:] == [7, None, 1, 5, 2.0]
-    assert list(asdict(DATConfig(stages=(stage,))).values())[1:] == [
-        224, 4, "patch", 1000, 4, 0.0, "paper", True, "relative"]
+    for owner, defaults in (
+            (StageConfig, [7, None, 1, 5, 2.0]), (WindowAttention, [0]),
+            (DATConfig, [224, 4, "patch", 1000, 4, 0.0, "paper", True, "relative"]),
+            (DeformableAttention, [1, 5, 2.0, "paper", True, "relative"])):
+        assert list(owner.__init__.__kwdefaults__.values()) == defaults  # by keyword alone
     for config in (*dat.VARIANTS.values(), small_config(image_size=(8, 12))):
-        assert DATConfig(**asdict(config)) == config
+        assert hash(DATConfig(**asdict(config))) == hash(config)  # frozen
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -569,7 +568,7 @@ def test_both_forms_of_attention_agree(monkeypatch):
 
 def test_compiled_and_exported_models_agree():
     """Red if a graph breaks, or sizes cannot be symbols."""
-    stage = StageConfig(dim=8, heads=2, blocks="SD", window=3, groups=1, stride=2, kernel=3)
+    stage = replace(small_config().stages[0], blocks="SD")
     model = DAT(small_config(stages=(stage,)))
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     for size in ((16, 16), (13, 18)):
@@ -594,8 +593,8 @@ def test_drop_path_drops_whole_samples():
     assert torch.equal(dropped.amin((1, 2)), dropped.amax((1, 2)))
     close(dropped.unique(), [0, 4 / 3], 1e-6)
     assert 0.95 < dropped.mean() < 1.05 and dat.drop_path(x, 0.25, False) is x
-    block, z = DAT(small_config()).stages[0].blocks[0].train(), torch.randn(64, 4, 4, 8)
-    block.rate = 0.5
+    two, z = StageConfig(dim=8, heads=2, blocks="LL"), torch.randn(64, 4, 4, 8)
+    _, block = DAT(small_config(stages=(two,), drop_path=0.5)).stages[0].blocks  # rates 0, 0.5
     for branch in (block.attention, block.mlp.contract):
         branch.register_forward_hook(lambda *_: torch.ones(64, 4, 4, 8))
     assert (block(z) - z).amax((1, 2, 3)).round().unique().tolist() == [0, 2, 4]
@@ -630,16 +629,16 @@ def test_wrong_arguments_and_inputs_are_named():
     """Red if what cannot work fails late."""
     with pytest.raises(ValueError, match="dat-x.*dat-b-384"):
         dat.build("dat-x")
-    with pytest.raises(ValueError, match="groups=3"):
-        small_attention(groups=3)
-    for shape in ((1, 2, 3, 7), (2, 3, 8)):
-        with pytest.raises(ValueError, match=re.escape(str(shape))):
-            small_attention()(random_input(*shape))
-    for shape in ((3, 8, 8), (1, 1, 8, 8)):
-        with pytest.raises(ValueError, match=re.escape(str(shape))):
-            DAT(small_config())(torch.zeros(shape))
+    for field, value in (("groups", 3), ("kernel", 4), ("geometry", "x"), ("position", "x")):
+        with pytest.raises(ValueError, match=f"{field}={value!r}"):
+            small_attention(**{field: value})
+    attention, model = small_attention(), DAT(small_config())
+    for module, *shape in ((attention, 1, 2, 3, 7), (attention, 2, 3, 8), (model, 3, 8, 8),
+                           (model, 1, 1, 8, 8)):
+        with pytest.raises(ValueError, match=re.escape(str(tuple(shape)))):
+            module(torch.zeros(shape))
     with pytest.raises(ValueError, match="uint8"):
-        DAT(small_config())(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+        model(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("fields", ({}, {"geometry": "release"}, {"position": "fixed"},
@@ -714,9 +713,9 @@ def test_offline_the_error_says_what_to_do(tmp_path, monkeypatch):
     """Red if the line lacks what was tried or the way without."""
     from torchvision import datasets
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
-    assert_input_error("--train cifar10", "--data data", "http://127.0.0.1:9/cifar.tar.gz",
-        "refused", "--train shapes")
+    url = "http://127.0.0.1:9/cifar.tar.gz"
+    monkeypatch.setattr(datasets.CIFAR10, "url", url)
+    assert_input_error("--train cifar10", "--data data", url, "refused", "--train shapes")
 
 
 @pytest.fixture
@@ -802,8 +801,7 @@ def test_recipes_are_what_suits_the_data(folder, monkeypatch, flags, recipe):
     """Red if a number is not the release's or the results'."""
     assert run_cli(PHOTOS + "--epochs 1 --out start")[0] == 0
     args = dat.read_flags(f"--device cpu --train {flags}".split())
-    found = [*(args.recipe[key] for key in dat.SETTINGS)]
-    assert found == pytest.approx(recipe[:-1])
+    assert [args.recipe[key] for key in dat.SETTINGS] == pytest.approx(recipe[:-1])
     augments, parts = [], dat.Parts
     monkeypatch.setattr(dat, "load_dataset", lambda *_: ([(None, 0)] * 2048, ("a", "b")))
     monkeypatch.setattr(dat, "Parts", lambda *a: augments.append(a[3]) or parts(*a))
@@ -1141,9 +1139,8 @@ def test_fine_tuning_adapts_tables_and_head(folder, monkeypatch):
     monkeypatch.setitem(dat.VARIANTS, "dat-b-384", larger)
     source = randomise(DAT(replace(small, geometry="release"))).float()  # of 7 classes
     publish(source, "theirs.pth")
-    code, _, err = run_cli(PHOTOS + "--epochs 1 --lr 1e-12 --model dat-b-384 --out o "
-                   "--checkpoint theirs.pth")
-    assert code == 0, err
+    run = PHOTOS + "--epochs 1 --lr 1e-12 --checkpoint "
+    assert run_cli(run + "theirs.pth --model dat-b-384 --out o")[0] == 0
     found, old = saved("o"), source.state_dict()
     assert DATConfig(**found["config"]) == replace(larger, geometry="release", classes=3)
     for name, value in found["model"].items():
@@ -1152,7 +1149,7 @@ def test_fine_tuning_adapts_tables_and_head(folder, monkeypatch):
             close(value, dat.resize(old[name], value.shape[-2:]), 1e-6)
         elif not name.startswith("head"):
             close(value, old[name], 1e-6)
-    assert run_cli(PHOTOS + "--epochs 1 --lr 1e-12 --checkpoint o/last.pt --out own")[0] == 0
+    assert run_cli(run + "o/last.pt --out own")[0] == 0
     assert saved("own")["config"]["geometry"] == "release"
     close(saved("own")["model"]["head.weight"], found["model"]["head.weight"], 1e-6)
 
@@ -1191,8 +1188,7 @@ def test_costs_are_the_papers(monkeypatch):
     from lab.cost import deformable_attention_macs
     found = deformable_attention_macs(H=14, W=14, keys=49, dim=384, kernel=5)
     assert found == 79_629_312 + 508_032
-    out = run_lab(monkeypatch, "cost.py", "--model dat-t")
-    assert "4.56 G" in out
+    assert "4.56 G" in run_lab(monkeypatch, "cost.py", "--model dat-t")
 
 
 def test_pictures_show_what_the_model_reads(tiny, monkeypatch):
