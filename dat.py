@@ -14,24 +14,24 @@ Paper: arXiv 2201.00520. Its equations are computed in
     (6) project    (7) OffsetNetwork, points    (8) bilinear_sample    (9) position_bias, attend
     (10) lab/cost.py    Sec. 3.3 DAT    Tab. 1 VARIANTS
 
-Symbols. Modules pass maps as (B, H, W, C), channels last:
+Symbols. Modules pass maps as (B, H, W, C):
 
     B batch   H W height, width of a map   C channels   M heads   d = C / M   G offset groups
-    N = H W queries   Hk Wk grid of sampling points   K = Hk Wk keys   r = H / Hk stride
+    N = H W queries   Hk Wk sampling grid   K = Hk Wk keys   r stride: Hk = ceil(H / r)
     s offset range   k kernel of the offset network   w window side
     Coordinates are (y, x) in pixels (px) of the map: 0 is the centre of the first pixel.
 
 Departures from the paper [P] and from the authors' release 566a593 [R]:
 
     [D1] geometry="paper": if r = 1, points start on whole pixels. In "release", which published
-         weights need and load_official sets, queries and points stand between them. [R]
+         weights need and load_official sets, queries and points are pulled inward. [R]
     [D2] Any image size: zeros fill up patches and, masked, windows; tables are resized. [P, R]
     [D3] Windows are shifted by ceil(w / 2), as in the release (Swin: floor). [P]
     [D4] The offset network has the release's layer norm before GELU. [P]
     [D5] offsets=False and position="fixed" work; in the release they crash. [R]
-    [D6] stem="conv": the release's overlapping convolutions, unused for ImageNet. [P]
+    [D6] stem="conv": overlapping 3x3 convolutions; the release's stem has 7x7. [P, R]
     [D7] Weights start from PyTorch's defaults, position tables at deviation 0.01. [P]
-    [D8] RandAugment always, at one strength; a run's last tenth unmixed; cosine after warm-up. [R]
+    [D8] RandAugment on all images, at one strength; last tenth unmixed; cosine after warm-up. [R]
 """
 import argparse
 import gc
@@ -50,7 +50,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 # ======== 1. configuration and variants
 
@@ -120,7 +120,7 @@ class DATConfig:
 
 
 def _variant(dim, heads, blocks, groups, window, **rest):
-    """Paper: Tab. 1. Widths and heads double with each stage, kernels are 9, 7, 5, 3."""
+    """Paper: Tab. 1. Widths and heads double with each stage; kernels end with 7, 5, 3."""
     return DATConfig(**rest, stages=tuple(
         StageConfig(dim=dim * 2 ** i, heads=heads * 2 ** i, blocks=letters, groups=groups[i],
                     kernel=2 * (len(blocks) - i) + 1, window=window)
@@ -148,7 +148,7 @@ def build(variant, **overrides):
 
 # ======== 2. coordinates and sampling
 def cell_centres(count, length, *, geometry, like):
-    """`count` even positions along an axis of `length` px: p, and the queries of Eq. 9.
+    """`count` evenly spaced points on an axis of `length` px: p, or the queries of Eq. 9.
     Shape: (count,), typed like `like`. "paper": from the first pixel's centre to the last's.
     "release": the middles of `count` equal parts of that line [D1]."""
     i = torch.arange(count, dtype=like.dtype, device=like.device)
@@ -158,8 +158,8 @@ def cell_centres(count, length, *, geometry, like):
 
 
 def largest_offset(count, length, *, offset_range, geometry):
-    """s of Eq. 7 in px: s / 2 cells of H / Hk px, or of (H - 1) / Hk px if "release". The release
-    counts in s / Hk of an axis from -1 to 1; the paper gives no unit (Sec. 3.2)."""
+    """Bound of |dp|: s / 2 cells of H / Hk px, or of (H - 1) / Hk px if "release". The
+    release has s / Hk on an axis from -1 to 1; the paper gives no unit (Sec. 3.2)."""
     return offset_range / 2 * (length if geometry == "paper" else length - 1) / count
 
 
@@ -167,7 +167,7 @@ def bilinear_sample(maps, points):
     """phi(z; p): a map read between its pixels (g is bilinear), with zeros outside. Paper: Eq. 8.
     Shape: (B, C, H, W), (B, h, u, 2) -> (B, C, h, u). Units: points (y, x) in px of the map, or a
     tuple of y and x that broadcast to (B, h1, h2, u), h = h1 h2. For grid_sample, which takes
-    (x, y), -1 and 1 are the map's outer edges: the outer centres would divide by 0 on one pixel."""
+    (x, y), -1 and 1 are the map's edges: with outer centres one pixel would divide by 0."""
     H, W = maps.shape[-2:]
     y, x = points if isinstance(points, tuple) else points.unbind(-1)
     y, x = torch.broadcast_tensors((2 * y + 1) / H - 1, (2 * x + 1) / W - 1)
@@ -258,8 +258,8 @@ class WindowAttention(nn.Module):
         index = i[:, None] - i + self.window - 1  # (query, key)
         bias = self.table[:, index[:, None, :, None], index[None, :, None, :]]
         bias = bias.flatten(3).flatten(1, 2)  # (M, qy qx, ky kx)
-        lower, right = (torch.arange(n, device=i.device) >= self.shift for n in (H, W))
-        region = 1 + 2 * lower[:, None] + right  # 1 to 4; padding is 0
+        below, right = (torch.arange(n, device=i.device) >= self.shift for n in (H, W))
+        region = 1 + 2 * below[:, None] + right  # 1 to 4; `cut` fills up with 0
         region = self.cut(region[None, :, :, None]).transpose(2, 3).reshape(-1, self.window ** 2)
         return bias.masked_fill((region[:, :, None] != region[:, None])[:, None], -math.inf)
 
@@ -280,8 +280,8 @@ class WindowAttention(nn.Module):
 # ======== 5. deformable attention
 class OffsetNetwork(nn.Module):
     """theta_offset, one for all groups: how far points should move. Paper: Sec. 3.2, Fig. 2 (b).
-    Depth-wise k x k convolution, layer norm [D4], GELU, 1x1 convolution. A bias there would shift
-    all points alike. Shape: (B, H, W, C / G) -> (B, Hk, Wk, 2) yx, unbounded."""
+    Depth-wise k x k convolution, layer norm [D4], GELU, 1x1 convolution without bias: one would
+    shift all points alike. Shape: (B, H, W, C / G) -> (B, Hk, Wk, 2) yx, unbounded."""
     def __init__(self, *, dim, kernel, stride):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, kernel, stride, kernel // 2, groups=dim)
@@ -473,7 +473,7 @@ OFFICIAL_NAMES = [  # (in the release, here), all applied in order
 
 
 def rename_official(state):
-    """The release's weights in names and shapes of this file. Unknown names stay."""
+    """The release's weights by our names, in our shapes. Unknown names stay."""
     renamed = {}
     for name, value in state.items():
         if name.endswith((".relative_position_index", ".attn_mask")):
@@ -553,7 +553,7 @@ def load_dataset(name, root, train):
     """(image, label) pairs of the training or test set, and the class names."""
     if name == "shapes":
         images, labels, _ = make_shapes(10_000 if train else 2_000, seed=int(train))
-        return list(zip(images, labels.tolist())), SHAPES
+        return TensorDataset(images, labels), SHAPES
     from torchvision import datasets
     cifar = getattr(datasets, name.upper(), None)
     wanted = cifar.url if cifar else "train/<class>/ and val/<class>/"
@@ -565,13 +565,13 @@ def load_dataset(name, root, train):
                          "--train shapes needs no files")
     if cifar:  # tensors, twice as fast as Pillow images
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-        return list(zip(images, found.targets)), tuple(found.classes)
+        return TensorDataset(images, torch.tensor(found.targets)), tuple(found.classes)
     return found, tuple(found.classes)
 
 
 class Parts(Dataset):
     """Parts of batches: (seed, indices) -> images (b, 3, size, size), labels (b,).
-    All draws follow from the seed. `augment`: None, 0 (crop, flip), 1 (erasing, RandAugment)."""
+    All draws follow from the seed. `augment`: None; 0: crop, flip; 1: + erasing, RandAugment."""
     def __init__(self, name, samples, size, augment):
         from torchvision.transforms import InterpolationMode, v2
         bicubic, photos, steps = InterpolationMode.BICUBIC, name == "imagenet", []
@@ -603,7 +603,7 @@ class Parts(Dataset):
 
 # ======== 9. training
 SETTINGS = "epochs batch_size lr warmup floor clip decay".split()
-RECIPES = {  # of data, or data and model; warmup as a share of the run, floor of lr
+RECIPES = {  # of data, or data and model; warmup: share of the run; floor: share of lr
     "shapes": (4, 64, 2e-3, 0.08, 0.01, 5.0, 0.05),
     "cifar": (6, 128, 2e-3, 0.05, 0.01, 5.0, 0.05),
     "cifar cifar": (300, 256, 1e-3, 0.05, 0.01, 5.0, 0.05),
@@ -678,7 +678,7 @@ def load_checkpoint(path):
 
 
 def load_for_fine_tuning(model, state):
-    """Tables of another size are resized [D2]; a head of another size starts anew."""
+    """Resizes relative tables to the model's [D2]; a head of another size starts anew."""
     state, ours = dict(state), model.state_dict()
     for name in state.keys() & ours.keys():
         if name.endswith("table") and ours[name].ndim == 3:
@@ -727,7 +727,7 @@ def train(args):
     forward = torch.compile(model, fullgraph=True) if args.compile else model
     forward = nn.parallel.DistributedDataParallel(forward) if args.world > 1 else forward
     optimizer = torch.optim.AdamW(parameter_groups(model, args.decay), fused=True)
-    rows = []  # of metrics.csv; the last may still have None for the test accuracy
+    rows = []  # of metrics.csv; the last still has None if its test is to come
     if args.resume:
         optimizer.load_state_dict(args.found["optimizer"])
         rows = args.found["history"]
@@ -803,7 +803,7 @@ def train(args):
 
 # ======== 10. command line
 def read_flags(arguments):
-    """Each setting: its flag, else the resumed run's value, else that of RECIPES."""
+    """Each setting: the resumed run's (flags must agree), or a flag, or RECIPES."""
     cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     parser = argparse.ArgumentParser("dat.py", usage=argparse.SUPPRESS, description=(
         "To begin without data: python dat.py --train shapes"))
@@ -884,7 +884,7 @@ def main(arguments=None):
         return 2
     finally:
         if dist.is_initialized():
-            gc.collect()  # cycles holding the group abort
+            gc.collect()  # frees DDP before its group
             dist.destroy_process_group()
 
 
