@@ -120,7 +120,7 @@ class DATConfig:
 
 
 def _variant(dim, heads, blocks, groups, window, **rest):
-    """Paper: Tab. 1. Widths and heads double with each stage; kernels end with 7, 5, 3."""
+    """Paper: Tab. 1. Widths and heads double with each stage."""
     return DATConfig(**rest, stages=tuple(
         StageConfig(dim=dim * 2 ** i, heads=heads * 2 ** i, blocks=letters, groups=groups[i],
                     kernel=2 * (len(blocks) - i) + 1, window=window)
@@ -208,7 +208,7 @@ def drop_path(x, rate, training):
     if not training or rate == 0:
         return x
     kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= rate
-    return x * kept / (1 - rate)
+    return x * (kept / (1 - rate)).to(x.dtype)
 
 
 def fill_up(x, side):
@@ -289,8 +289,10 @@ class OffsetNetwork(nn.Module):
         self.out = nn.Linear(dim, 2, bias=False)
 
     def forward(self, q):
-        x = self.conv(q.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.out(F.gelu(self.norm(x)))
+        with torch.autocast("cpu", enabled=False):  # oneDNN's bfloat16 is slow here
+            q = q.permute(0, 3, 1, 2).to(self.conv.weight.dtype)
+            x = self.conv(q).permute(0, 2, 3, 1)
+            return self.out(F.gelu(self.norm(x)))
 
 
 class DeformableAttention(nn.Module):
@@ -306,8 +308,8 @@ class DeformableAttention(nn.Module):
         self.heads, self.groups, self.stride = heads, groups, stride
         self.offset_range, self.geometry, self.position = offset_range, geometry, position
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        network = OffsetNetwork(dim=dim // groups, kernel=kernel, stride=stride)
-        self.offset = network if offsets else None
+        self.offset = OffsetNetwork(
+            dim=dim // groups, kernel=kernel, stride=stride) if offsets else None
         if position == "relative":
             self.table = position_table(heads, 2 * H - 1, 2 * W - 1)
         elif position == "fixed":
@@ -423,11 +425,10 @@ class DAT(nn.Module):
         self.head = nn.Linear(dim, config.classes)
 
     def features(self, images, points=None):
-        """The maps (B, C, H, W) after the stages: a feature pyramid for a detector.
+        """The maps (B, C, H, W) after the stages: a pyramid for a detector.
         `points`: a list that gets the points of the D blocks."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError("images must be floating point (B, 3, H, W), not "
-                             f"{images.dtype} {tuple(images.shape)}")
+            raise ValueError(f"need float (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
         x, maps = self.stem(images.permute(0, 2, 3, 1)), []
         for i, stage in enumerate(self.stages):
             x, cell = stage.down(x), self.config.patch * 2 ** i  # image px per map px
@@ -492,7 +493,7 @@ def rename_official(state):
 
 def load_official(state_dict, config):
     """A model with the authors' weights (bare or under "model") and geometry [D1].
-    Raises: ValueError that names each key that is missing, unknown or of another shape."""
+    Raises: ValueError that names each missing, unknown or misshapen key."""
     model = DAT(replace(config, geometry="release"))
     try:
         model.load_state_dict(rename_official(state_dict.get("model", state_dict)))
@@ -508,7 +509,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, deviation
 
 
 class InputError(ValueError):
-    """A caller's mistake. main prints it as one line."""
+    """A caller's mistake: main prints one line."""
 
 
 def make_shapes(count, *, seed, side=32):
@@ -533,7 +534,7 @@ def make_shapes(count, *, seed, side=32):
     u = (x * angle.cos() + y * angle.sin()) / radius  # along its axes
     v = (y * angle.cos() - x * angle.sin()) / radius
     a, b, r, t = u.abs(), v.abs(), torch.hypot(u, v), torch.atan2(v, u)
-    figures = torch.stack([  # in the order of SHAPES
+    figures = torch.stack([  # as in SHAPES
         r < 0.9,
         (r < 1) & (r > 0.55),
         a.maximum(b) < 0.75,
@@ -560,10 +561,10 @@ def load_dataset(name, root, train):
     try:
         found = (cifar(root, train, download=True) if cifar else
                  datasets.ImageFolder(Path(root, "train" if train else "val")))
-    except Exception as error:  # of any kind
+    except Exception as error:
         raise InputError(f"--data {root} has no {name} ({error}): expected {wanted}; "
                          "--train shapes needs no files")
-    if cifar:  # tensors, twice as fast as Pillow images
+    if cifar:  # faster than Pillow images
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
         return TensorDataset(images, torch.tensor(found.targets)), tuple(found.classes)
     return found, tuple(found.classes)
@@ -589,7 +590,7 @@ class Parts(Dataset):
     def read(self, i):
         try:
             return self.samples[i]
-        except Exception as error:  # of any kind
+        except Exception as error:
             path = self.samples.samples[i][0]
             raise InputError(f"{path} cannot be read ({error}): remove it")
 
@@ -607,14 +608,14 @@ RECIPES = {  # of data, or data and model; warmup: share of the run; floor: shar
     "shapes": (4, 64, 2e-3, 0.08, 0.01, 5.0, 0.05),
     "cifar": (6, 128, 2e-3, 0.05, 0.01, 5.0, 0.05),
     "cifar cifar": (300, 256, 1e-3, 0.05, 0.01, 5.0, 0.05),
-    "imagenet": (300, 1024, 1e-3, 20 / 300, 0.01, 5.0, 0.05),  # this and below: the release's
+    "imagenet": (300, 1024, 1e-3, 20 / 300, 0.01, 5.0, 0.05),  # the release's from here
     "imagenet dat-b": (300, 1024, 8e-4, 50 / 300, 1 / 80, 1.0, 0.05),
     "imagenet fine-tuning": (30, 512, 2e-6, 0.0, 0.05, 5.0, 1e-8)}
 
 
 def learning_rate(step, *, steps, warmup, peak, floor):
     """Linear warm-up from floor / 10 of peak, then half a cosine to floor of peak [D8]."""
-    warm = int(steps * warmup)
+    warm = max(int(steps * warmup), min(50, steps // 4)) if warmup else 0
     if step < warm:
         return peak * (floor / 10 + (1 - floor / 10) * step / warm)
     progress = (step - warm) / (steps - warm)
@@ -630,7 +631,7 @@ def parameter_groups(model, decay):
 
 
 def has_bfloat16(device):
-    """Whether the hardware multiplies bfloat16."""
+    """Whether hardware multiplies bfloat16."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -638,7 +639,7 @@ def has_bfloat16(device):
 
 @torch.no_grad()
 def evaluate(model, test, args):
-    """The test accuracy. Each process tests its own share of the images."""
+    """The test accuracy. Each process tests its own share."""
     total, model = len(test.samples), model.eval()
     right = torch.zeros((), dtype=int, device=args.device)
     parts = [(0, part.tolist()) for part in torch.arange(args.rank, total, args.world).split(100)]
@@ -666,14 +667,14 @@ def write_atomically(path, content):
 
 def load_checkpoint(path):
     """What a file of dat.py holds, or the authors' weights."""
-    try:  # the authors' files hold a yacs node beside the weights
+    try:  # the authors' files hold a yacs node
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             found = torch.load(path, map_location="cpu", weights_only=True)
         if "cls_head.weight" in found["model"]:
             return {"model": rename_official(found["model"]), "geometry": "release"}
         config = DATConfig(**found["config"])
         return found | {"config": config, "geometry": config.geometry}
-    except Exception as error:  # of any kind
+    except Exception as error:
         raise InputError(f"{path} is no checkpoint of dat.py or the authors: {error!r}")
 
 
@@ -705,7 +706,7 @@ def load_model(args, classes):
     except RuntimeError as error:
         path = args.out if args.resume else args.checkpoint
         raise InputError(f"{path} does not fit --model {args.model}: {error}")
-    return model.to(args.device)
+    return model.to(args.device, memory_format=torch.channels_last)
 
 
 def train(args):
@@ -727,7 +728,7 @@ def train(args):
     forward = torch.compile(model, fullgraph=True) if args.compile else model
     forward = nn.parallel.DistributedDataParallel(forward) if args.world > 1 else forward
     optimizer = torch.optim.AdamW(parameter_groups(model, args.decay), fused=True)
-    rows = []  # of metrics.csv; the last still has None if its test is to come
+    rows = []  # of metrics.csv; accuracy None: its test is to come
     if args.resume:
         optimizer.load_state_dict(args.found["optimizer"])
         rows = args.found["history"]
@@ -765,7 +766,7 @@ def train(args):
         if step == 0:
             torch.manual_seed(hash((args.seed, epoch)))
             order = torch.randperm(len(samples))[:steps * args.batch_size]
-            parts = order.view(steps * args.parts, -1).tolist()  # of all batches
+            parts = order.view(steps * args.parts, -1).tolist()  # a row, a part
             parts = [(hash((args.seed, epoch, i)), part) for i, part in enumerate(parts)]
             parts = parts[args.rank::args.world]
             batches = iter(DataLoader(data, None, sampler=parts, num_workers=args.workers))
@@ -806,7 +807,7 @@ def read_flags(arguments):
     """Each setting: the resumed run's (flags must agree), or a flag, or RECIPES."""
     cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     parser = argparse.ArgumentParser("dat.py", usage=argparse.SUPPRESS, description=(
-        "To begin without data: python dat.py --train shapes"))
+        "Without data: python dat.py --train shapes"))
     flag, task = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--train", choices=DATA)
     task.add_argument("--eval", choices=DATA, help="print the test accuracy of --checkpoint")
@@ -830,8 +831,8 @@ def read_flags(arguments):
     if (args.workers < 0 or args.eval and not args.checkpoint
             or args.resume and not (args.train and args.out)):
         parser.error("--workers from 0; --eval needs --checkpoint, --resume --train and --out")
-    if not args.resume and os.path.exists(f"{args.out}/last.pt"):
-        parser.error(f"--out {args.out} holds a run: choose another, or --resume it")
+    if args.out and not args.resume and any(Path(args.out).glob("*")):
+        parser.error(f"--out {args.out} is not empty: choose another, or --resume a run")
 
     path = Path(args.out, "last.pt") if args.resume else args.checkpoint
     found = load_checkpoint(path) if path else {}

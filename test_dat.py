@@ -1,7 +1,7 @@
 """Properties of dat.py, and parity with the loops of reference_numpy.py. Run with: pytest
 
 A test's name is a claim, its docstring says which mistake turns it red. Parity is in float64 to
-1e-9: both sides round differently, at about 1e-13. All runs on a CPU, without a network.
+1e-9: both sides round differently, at about 1e-13. On a CPU, offline.
 """
 import contextlib
 import hashlib
@@ -38,7 +38,7 @@ from dat import DAT, DATConfig, DeformableAttention, StageConfig, WindowAttentio
 
 settings.register_profile("dat", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("dat")
-torch.set_num_threads(1)  # quicker for tensors this small
+torch.set_num_threads(1)  # quicker here
 HERE = Path(__file__).parent
 sizes = st.integers(1, 9)
 geometries = st.sampled_from(dat.CHOICES["geometry"])
@@ -161,7 +161,7 @@ def test_network_equals_the_loops(changes, size):
     for ours, theirs in zip(features, expected, strict=True):
         close(ours, theirs)
     expected = loops.network_points(images.numpy(), state, plain)
-    for i, ours, theirs in zip((0, 1), points, expected, strict=True):  # a D block in each stage
+    for i, ours, theirs in zip((0, 1), points, expected, strict=True):
         cell = config.patch * 2 ** i
         close(ours, (cell - 1) / 2 * (config.stem == "patch") + cell * theirs)
 
@@ -233,12 +233,14 @@ def test_gradient_reaches_the_offset_network_both_ways():
 
 
 def test_offset_network_ends_without_a_bias_after_a_norm():
-    """[D4] Red if the 1x1 convolution gains a bias or the norm before GELU is lost."""
+    """[D4] Red if the 1x1 convolution has a bias, the norm is lost, or autocast goes on."""
     network = dat.OffsetNetwork(dim=4, kernel=3, stride=1).double()
     assert network.out.bias is None
     q = random_input(1, 5, 5, 4)
     network.conv.bias.data.zero_()
     close(network(q).detach(), network(50 * q).detach(), 1e-3)  # the norm takes out the scale
+    with torch.autocast("cpu"):
+        assert network.float()(q.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("geometry", ["paper", "release"])
@@ -434,7 +436,7 @@ def test_checkpoints_of_earlier_versions_load():
     {"stem": "conv"}, {"window": 2}, {"groups": 2}, {"stride": 1}, {"kernel": 5},
     {"offset_range": 1.0}], ids=str)
 def test_every_parameter_and_every_field_counts(change):
-    """[D5] Red if a field crashes, is ignored, or leaves a parameter unused; named. (A key bias
+    """[D5] Red if a field crashes, is ignored, or leaves a parameter unused. (A key bias
     shifts all scores of a query alike: its gradient is zero.)"""
     stage = small_config().stages[0]
     of_stage = change.keys() <= asdict(stage).keys()
@@ -486,7 +488,7 @@ def test_images_of_a_batch_do_not_see_each_other():
     other.load_state_dict(model.state_dict())
     for i in range(3):
         close(model(images)[i].detach(), other(images[i:i + 1])[0].detach(), 1e-12)
-    assert model(images[:0]).shape == (0, 5)  # detectors get batches without a crop
+    assert model(images[:0]).shape == (0, 5)  # of detectors
 
 
 def test_defaults_are_the_papers():
@@ -776,7 +778,7 @@ def test_draws_follow_from_seed_and_place(augment):
     parts = dat.Parts("shapes", [(grey, 0)] * 300, 32, augment)
     images, _ = parts[0, range(300)]
     assert ("num_ops=2, magnitude=9, num_magnitude_bins=11" in str(parts.transform)) == augment
-    assert (images[:, 0] < -1).flatten(1).any(1).sum() > 200  # black comes in at a side
+    assert (images[:, 0] < -1).flatten(1).any(1).sum() > 200  # black edges
     noisy = sum(len(image[0].unique()) > 60 for image in images)
     assert 45 < noisy < 105 if augment else images.unique().numel() == 2
 
@@ -810,12 +812,12 @@ def test_recipes_are_what_suits_the_data(folder, monkeypatch, flags, recipe):
     assert augments == [recipe[-1], None]
 
 
-@given(steps=st.integers(4, 500), warmup=st.floats(0.01, 0.9), peak=st.floats(1e-6, 1))
+@given(steps=st.integers(4, 500), warmup=st.sampled_from([0, 0.01, 0.3]), peak=st.floats(1e-6, 1))
 def test_learning_rate_rises_then_falls(steps, warmup, peak):
     """[D8] Red if warm-up and cosine do not meet at the peak, or either is not monotone."""
     rates = [dat.learning_rate(i, steps=steps, warmup=warmup, peak=peak, floor=0.01)
              for i in range(steps + 1)]
-    top = int(steps * warmup)
+    top = max(int(steps * warmup), min(50, steps // 4)) if warmup else 0
     close(np.diff(rates[:top + 1]), (rates[top] - rates[0]) / max(top, 1), 1e-12)
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert [rates[top], rates[-1]] == pytest.approx([peak, 0.01 * peak])
@@ -862,7 +864,7 @@ def assert_same_run(a, b, tolerance=0.0):
     """The checkpoints of two runs hold the same, up to the seconds they took."""
     one, other = saved(a), saved(b)
     for name, value in one["model"].items():
-        if not tolerance or "bias" not in name:  # a key bias has a gradient of rounding alone
+        if not tolerance or "bias" not in name:  # a key bias gets rounding
             close(value, other["model"][name], tolerance)
     for row, same in zip(one["history"], other["history"], strict=True):
         assert tuple(row[:4]) == pytest.approx(tuple(same[:4]), abs=tolerance)
@@ -910,7 +912,7 @@ def test_bfloat16_is_used_where_hardware_multiplies_it(tiny, monkeypatch):
         logits := forward(self, images), seen.add(logits.dtype)][0])
     for able, flag in ((True, ""), (True, "--float32"), (False, ""), (None, "")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able, raising=False)
-        if able is None:  # a private name
+        if able is None:
             monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
         out = f"o{able}{flag}"
         assert run_cli(f"{RUN} --epochs 1 --out {out} {flag}")[0] == 0
@@ -925,7 +927,8 @@ def test_runs_are_numbered_and_seeds_differ(tiny):
         assert run_cli(f"{RUN} --epochs 1 --lr 1e-9 --seed {seed}")[0] == 0
     one, two = (saved(f"runs/shapes-cifar-nano-{n}")["model"] for n in (1, 2))
     assert (one["head.weight"] - two["head.weight"]).abs().max() > 0.01
-    assert_input_error(RUN + "--out runs/shapes-cifar-nano-1", "holds a run")
+    Path("runs/shapes-cifar-nano-1/last.pt").unlink()
+    assert_input_error(RUN + "--out runs/shapes-cifar-nano-1", "not empty")
 
 
 def test_parts_of_a_batch_add_up(tiny, monkeypatch):
@@ -985,7 +988,7 @@ def test_two_processes_train_as_one(tiny):
                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in "01"]
     assert run_cli(run + "one --accumulate 2")[0] == 0
     outs, errs = zip(*(process.communicate(timeout=100) for process in both))
-    assert [process.returncode for process in both] == [0, 0], errs
+    assert [process.returncode for process in both] == [0, 0] and errs == ("", ""), errs
     assert "2 x cpu" in outs[0] and "test accuracy" in outs[0] and outs[1] == ""
     assert_same_run("one", "two", 1e-5)
 
@@ -1186,8 +1189,7 @@ def run_lab(monkeypatch, script, flags):
 def test_costs_are_the_papers(monkeypatch):
     """Red if a layer is not counted, or a term of eq. 10 is lost."""
     from lab.cost import deformable_attention_macs
-    found = deformable_attention_macs(H=14, W=14, keys=49, dim=384, kernel=5)
-    assert found == 79_629_312 + 508_032
+    assert 80_137_344 == deformable_attention_macs(H=14, W=14, keys=49, dim=384, kernel=5)
     assert "4.56 G" in run_lab(monkeypatch, "cost.py", "--model dat-t")
 
 
@@ -1210,13 +1212,13 @@ def test_the_study_measures_where_points_lie():
     model, (images, labels, masks) = DAT(study.model(offsets=False)), dat.make_shapes(6, seed=1)
     full, half, none = (study.measure(model, images, labels, torch.arange(32).expand_as(masks) < n)
                         for n in (32, 16, 0))
-    assert half["on"] == pytest.approx(full["on"] / 2) and none["on"] == 0  # of a uniform grid
+    assert half["on"] == pytest.approx(full["on"] / 2) and none["on"] == 0
 
 
 def test_a_detector_learns_and_its_boxes_are_in_pixels():
     """Red if the backbone, the boxes of a scene, their units or AP50 are wrong."""
     from lab import detect
-    scenes, targets = detect.make_scenes(60, 1)  # 96 x 128 px
+    scenes, targets = detect.make_scenes(60, 1)
     perfect = [target | {"scores": target["labels"] + 1.0} for target in targets]
     assert detect.average_precision(perfect, targets) == pytest.approx(1)
     assert detect.average_precision(perfect[1:], targets) < 0.2
