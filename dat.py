@@ -605,7 +605,7 @@ class Parts(Dataset):
 # ======== 9. training
 SETTINGS = "epochs batch_size lr warmup floor clip decay".split()
 RECIPES = {  # of data, or data and model; warmup: share of the run; floor: share of lr
-    "shapes": (4, 64, 2e-3, 0.08, 0.01, 5.0, 0.05),
+    "shapes": (4, 64, 3e-3, 0.25, 0.01, 5.0, 0.05),
     "cifar": (6, 128, 2e-3, 0.05, 0.01, 5.0, 0.05),
     "cifar cifar": (300, 256, 1e-3, 0.05, 0.01, 5.0, 0.05),
     "imagenet": (300, 1024, 1e-3, 20 / 300, 0.01, 5.0, 0.05),  # the release's from here

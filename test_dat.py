@@ -796,7 +796,7 @@ def saved(out):
     ("imagenet --model dat-t", (300, 1024, 1e-3, 20 / 300, 0.01, 5, 0.05, 1)),
     ("imagenet --model dat-b --batch-size 512", (300, 512, 4e-4, 50 / 300, 1 / 80, 1, 0.05, 1)),
     ("imagenet --model dat-b-384 --checkpoint start/last.pt", (30, 512, 2e-6, 0, 0.05, 5, 1e-8, 1)),
-    ("shapes --epochs 60", (60, 64, 2e-3, 0.08, 0.01, 5, 0.05, 1)),
+    ("shapes --epochs 60", (60, 64, 3e-3, 0.25, 0.01, 5, 0.05, 1)),
     ("cifar10 --epochs 59 --lr 1", (59, 128, 1, 0.05, 0.01, 5, 0.05, 0)),
     ("cifar100 --model cifar", (300, 256, 1e-3, 0.05, 0.01, 5, 0.05, 1))])
 def test_recipes_are_what_suits_the_data(folder, monkeypatch, flags, recipe):
