@@ -615,7 +615,7 @@ RECIPES = {  # of data, or data and model; warmup: share of the run; floor: shar
 
 def learning_rate(step, *, steps, warmup, peak, floor):
     """Linear warm-up from floor / 10 of peak, then half a cosine to floor of peak [D8]."""
-    warm = max(int(steps * warmup), min(50, steps // 4)) if warmup else 0
+    warm = max(int(steps * warmup), min(50, steps // 4)) if warmup else 0  # short runs
     if step < warm:
         return peak * (floor / 10 + (1 - floor / 10) * step / warm)
     progress = (step - warm) / (steps - warm)
