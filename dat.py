@@ -29,7 +29,7 @@ Departures from the paper [P] and from the authors' release 566a593 [R]:
     [D3] Windows are shifted by ceil(w / 2), as in the release (Swin: floor). [P]
     [D4] The offset network has the release's layer norm before GELU. [P]
     [D5] offsets=False and position="fixed" work; in the release they crash. [R]
-    [D6] stem="conv": overlapping 3x3 convolutions; the release's stem has 7x7. [P, R]
+    [D6] stem="conv": overlapping 3x3 convolutions; the release's has 7x7. [P, R]
     [D7] Weights start from PyTorch's defaults, position tables at deviation 0.01. [P]
     [D8] RandAugment on all images, at one strength; last tenth unmixed; cosine after warm-up. [R]
 """
