@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy", "matplotlib", "pytest", "hypothesis"]
+# dependencies = ["torch>=2.9", "torchvision>=0.24", "numpy", "matplotlib", "pytest", "hypothesis"]
 # ///
 """DAT in one file: Vision Transformer with Deformable Attention (Xia et al., CVPR 2022).
 
@@ -8,24 +8,27 @@
     python dat.py --train cifar10   # downloads the images once
     pytest                          # properties, parity with reference_numpy.py
 
-Paper: arXiv 2201.00520. Its equations are computed in
+Paper: arXiv 2201.00520. Sections 1 to 6 are the model; they need torch alone. Sections 7 to 11
+train it. The equations are computed in
 
     (1), (3) WindowAttention.forward    (2) attend    (4), (5) Block.forward
-    (6) project    (7) OffsetNetwork, points    (8) bilinear_sample    (9) position_bias, attend
-    (10) lab/cost.py    Sec. 3.3 DAT    Tab. 1 VARIANTS
+    (6), (9) DeformableAttention.forward    (7) DeformableAttention.points, OffsetNetwork
+    (8) bilinear_sample    the bias of (9) position_bias    (10) lab/cost.py
+    Sec. 3.3 DAT    Tab. 1 VARIANTS
 
 Symbols. Modules pass maps as (B, H, W, C):
 
     B batch   H W height, width of a map   C channels   M heads   d = C / M   G offset groups
-    N = H W queries   Hk Wk sampling grid   K = Hk Wk keys   r stride: Hk = ceil(H / r)
-    s offset range   k kernel of the offset network   w window side
+    N = H W queries   Hk Wk rows, columns of sampling points   K = Hk Wk keys
+    r stride: Hk = ceil(H / r)   s offset range   k kernel of the offset network   w window side
     Coordinates are (y, x) in pixels (px) of the map: 0 is the centre of the first pixel.
 
-Departures from the paper [P] and from the authors' release 566a593 [R]:
+Departures from the paper [P] and from the authors' code, release 566a593 [R]:
 
     [D1] geometry="paper": if r = 1, points start on whole pixels. In "release", which published
          weights need and load_official sets, queries and points are pulled inward. [R]
-    [D2] Any image size: zeros fill up patches and, masked, windows; tables are resized. [P, R]
+    [D2] Any image size: zeros fill up patches and windows, and attention leaves them out;
+         position tables are resized. [P, R]
     [D3] Windows are shifted by ceil(w / 2), as in the release (Swin: floor). [P]
     [D4] The offset network has the release's layer norm before GELU. [P]
     [D5] offsets=False and position="fixed" work; in the release they crash. [R]
@@ -35,14 +38,17 @@ Departures from the paper [P] and from the authors' release 566a593 [R]:
 """
 import argparse
 import gc
+import hashlib
 import io
 import math
 import os
+import pickle
 import re
 import sys
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -52,236 +58,130 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-# ======== 1. configuration and variants
 
-CHOICES = {"stem": ("patch", "conv"), "geometry": ("paper", "release"),
-           "position": ("relative", "fixed", "none")}
-
-
-def ceil_div(a, b):
-    return -(-a // b)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One stage. Paper: Sec. 3.3, Tab. 1. Raises: ValueError.
-    `blocks`, a letter each: L local windows, S shifted windows, D deformable attention, which
-    uses `groups` (G), `stride` (r), `kernel` (k), `offset_range` (s)."""
-    dim: int
-    heads: int
-    blocks: str
-    window: int = 7
-    groups: int | None = None
-    stride: int = 1
-    kernel: int = 5
-    offset_range: float = 2.0
-
-    def __post_init__(self):
-        if self.dim % self.heads:
-            raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
-        if not self.blocks or set(self.blocks) - set("LSD"):
-            raise ValueError(f"blocks={self.blocks!r} is not made of the letters L, S and D")
-        if bool(self.groups) != ("D" in self.blocks) or self.heads % (self.groups or 1):
-            raise ValueError(f"groups={self.groups} must divide heads={self.heads}; None if no D")
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel} is even: no centre")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DATConfig:
-    """The network. Paper: Sec. 3.3. Raises: ValueError.
-    `image_size`, an int or (H, W), sets the size of position tables; any input size works."""
-    stages: tuple[StageConfig, ...]
-    image_size: int | tuple[int, int] = 224
-    patch: int = 4
-    stem: str = "patch"  # or "conv" [D6]
-    classes: int = 1000
-    mlp_ratio: float = 4
-    drop_path: float = 0.0
-    geometry: str = "paper"  # or "release" [D1]
-    offsets: bool = True  # False: an ablation
-    position: str = "relative"  # or "fixed" or "none"
-
-    def __post_init__(self):
-        stages = tuple(StageConfig(**s) if isinstance(s, dict) else s for s in self.stages)
-        object.__setattr__(self, "stages", stages)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {choices}")
-        if self.stem == "conv" and self.patch not in (1, 2, 4):
-            raise ValueError(f"patch={self.patch} is not 1, 2 or 4 (stem='conv')")
-
-    def map_sizes(self):
-        """(H, W) of the map of each stage, for an image of `image_size`."""
-        size = self.image_size
-        H, W = (size, size) if isinstance(size, int) else size
-        cells = [self.patch * 2 ** i for i in range(len(self.stages))]
-        return [(ceil_div(H, cell), ceil_div(W, cell)) for cell in cells]
-
-
-def _variant(dim, heads, blocks, groups, window, **rest):
-    """Paper: Tab. 1. Widths and heads double with each stage."""
-    return DATConfig(**rest, stages=tuple(
-        StageConfig(dim=dim * 2 ** i, heads=heads * 2 ** i, blocks=letters, groups=groups[i],
-                    kernel=2 * (len(blocks) - i) + 1, window=window)
-        for i, letters in enumerate(blocks)))
-
-
-TINY, DEEP = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
-NARROW, WIDE = (None, None, 3, 6), (None, None, 4, 8)  # groups
-SMALL = {"image_size": 32, "stem": "conv", "classes": 10}
-VARIANTS = {  # in the paper's geometry; published weights need "release" [D1]
-    "dat-t": _variant(96, 3, TINY, NARROW, 7, drop_path=0.2),
-    "dat-s": _variant(96, 3, DEEP, NARROW, 7, drop_path=0.3),
-    "dat-b": _variant(128, 4, DEEP, WIDE, 7, drop_path=0.5),
-    "dat-b-384": _variant(128, 4, DEEP, WIDE, 12, drop_path=0.5, image_size=384),
-    "cifar": _variant(48, 3, TINY, NARROW, 4, patch=1, drop_path=0.1, **SMALL),
-    "cifar-nano": _variant(48, 3, ("LSD", "LDLD", "LD"), (3, 3, 6), 4, **SMALL)}  # for a CPU
-
-
-def build(variant, **overrides):
-    """The model of VARIANTS[variant] with other values of some fields of its DATConfig."""
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {list(VARIANTS)}")
-    return DAT(replace(VARIANTS[variant], **overrides))
-
-
-# ======== 2. coordinates and sampling
-def cell_centres(count, length, *, geometry, like):
-    """`count` evenly spaced points on an axis of `length` px: p, or the queries of Eq. 9.
-    Shape: (count,), typed like `like`. "paper": from the first pixel's centre to the last's.
-    "release": the middles of `count` equal parts of that line [D1]."""
-    i = torch.arange(count, dtype=like.dtype, device=like.device)
-    if geometry == "release":
-        return (i + 0.5) / count * (length - 1)
-    return i * (length - 1) / (count - 1) if count > 1 else i + (length - 1) / 2
-
-
-def largest_offset(count, length, *, offset_range, geometry):
-    """Bound of |dp|: s / 2 cells of H / Hk px, or of (H - 1) / Hk px if "release". The
-    release has s / Hk on an axis from -1 to 1; the paper gives no unit (Sec. 3.2)."""
-    return offset_range / 2 * (length if geometry == "paper" else length - 1) / count
-
-
-def bilinear_sample(maps, points):
-    """phi(z; p): a map read between its pixels (g is bilinear), with zeros outside. Paper: Eq. 8.
-    Shape: (B, C, H, W), (B, h, u, 2) -> (B, C, h, u). Units: points (y, x) in px of the map, or a
-    tuple of y and x that broadcast to (B, h1, h2, u), h = h1 h2. For grid_sample, which takes
-    (x, y), -1 and 1 are the map's edges: with outer centres one pixel would divide by 0."""
-    H, W = maps.shape[-2:]
-    y, x = points if isinstance(points, tuple) else points.unbind(-1)
-    y, x = torch.broadcast_tensors((2 * y + 1) / H - 1, (2 * x + 1) / W - 1)
-    grid = torch.stack([x, y], dim=-1).flatten(1, -3)
-    sampled = F.grid_sample(maps.to(grid.dtype), grid, padding_mode="zeros", align_corners=False)
-    return sampled.to(maps.dtype)
-
-
-def resize(table, size):
-    """A position table with its last two axes at another size; the middle stays there [D2]."""
-    if table.shape[-2:] == size:
-        return table
-    resized = F.interpolate(table.flatten(0, -3)[None], size, mode="bicubic")[0]
-    return resized.unflatten(0, table.shape[:-2])
-
-
-# ======== 3. small blocks
+# ======== 1. attention (Sec. 3.1)
 def attend(q, k, v, bias):
-    """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2 and 9.
-    Shape: (B, M, N, d), (B, M, K, d) twice, bias (B or 1, M, N, K) -> (B, M, N, d).
-    On a CPU the formula beats PyTorch's kernels. cuDNN's has bugs with a bias."""
-    bias = None if bias is None else bias.to(q.dtype)
-    if q.is_cpu:
-        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
-        if bias is not None:
-            scores += bias
+    """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2, with the bias of Eq. 9.
+    Shape: q (B, .., N, d), k and v (B, .., K, d), bias (B or 1, .., N, K) -> (B, .., N, d)."""
+    bias = bias.to(q.dtype)
+    if q.is_cpu:  # the formula is faster there than PyTorch's kernels
+        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
+        scores += bias
         return scores.softmax(dim=-1) @ v
+    shape = q.shape
+    q, k, v, bias = (x.flatten(1, -3) for x in (q, k, v, bias))  # kernels want four axes
+    # All kernels but cuDNN's, which has bugs with a bias.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-
-def position_table(*shape):
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.01))  # [D7]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(shape)
 
 
 def drop_path(x, rate, training):
-    """In training, zeroes each sample with probability `rate` and scales up the others."""
+    """In training, zeroes each sample of x (B, ..) with probability `rate` and scales up others."""
     if not training or rate == 0:
         return x
     kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= rate
     return x * (kept / (1 - rate)).to(x.dtype)
 
 
-def fill_up(x, side):
-    """(B, H, W, C) with zeros at bottom and right, to multiples of `side` [D2]."""
-    bottom, right = -x.shape[1] % side, -x.shape[2] % side
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+def position_table(*shape):
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.01))  # [D7]
 
 
-class Projection(nn.Module):
-    """Patch embedding and down-sampling. Paper: Sec. 3.3.
-    Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C'). Patches (kernel = stride)
-    are filled up [D2]; a larger kernel is centred [D6]."""
-    def __init__(self, dim, out_dim, *, kernel, stride, bias=True):
-        super().__init__()
-        padding = kernel // 2 if kernel > stride else 0
-        self.side = 1 if padding else stride
-        self.conv = nn.Conv2d(dim, out_dim, kernel, stride, padding, bias=bias)
-        self.norm = nn.LayerNorm(out_dim)
-
-    def forward(self, x):
-        x = fill_up(x, self.side).permute(0, 3, 1, 2)
-        return self.norm(self.conv(x).permute(0, 2, 3, 1))
+def is_count(value):
+    return isinstance(value, Integral) and value >= 1
 
 
-# ======== 4. window attention
-class WindowAttention(nn.Module):
-    """Attention inside w x w windows with a learned bias: blocks L, and S with a `shift`.
-    Paper: Sec. 3.3, from Swin (Liu et al., 2021). Shape: (B, H, W, C) -> the same, any H, W.
-    The map is filled up [D2] and rolled up and left by `shift` [D3]. The last windows then join
-    opposite sides (regions); attention stays within a region."""
-    def __init__(self, *, dim, heads, window, shift=0):
-        super().__init__()
-        self.heads, self.window, self.shift = heads, window, shift
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.table = position_table(heads, 2 * window - 1, 2 * window - 1)
-
-    def cut(self, x):
-        """(B, H, W, C) -> windows (B, rows, w, columns, w, C) of the filled and rolled map."""
-        x = fill_up(x, self.window)
-        x = x.roll((-self.shift, -self.shift), (1, 2)) if self.shift else x
-        return x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
-
-    def bias(self, H, W):
-        """The table at query - key + w - 1, minus infinity across regions: (windows, M, ww, ww)."""
-        i = torch.arange(self.window, device=self.table.device)
-        index = i[:, None] - i + self.window - 1  # (query, key)
-        bias = self.table[:, index[:, None, :, None], index[None, :, None, :]]
-        bias = bias.flatten(3).flatten(1, 2)  # (M, qy qx, ky kx)
-        below, right = (torch.arange(n, device=i.device) >= self.shift for n in (H, W))
-        region = 1 + 2 * below[:, None] + right  # 1 to 4; `cut` fills up with 0
-        region = self.cut(region[None, :, :, None]).transpose(2, 3).reshape(-1, self.window ** 2)
-        return bias.masked_fill((region[:, :, None] != region[:, None])[:, None], -math.inf)
-
-    def forward(self, x):
-        (B, H, W, C), M, w = x.shape, self.heads, self.window
-        qkv = self.qkv(self.cut(x)).unflatten(5, (3, M, C // M))  # Eq. 1
-        _, rows, _, columns = qkv.shape[:4]
-        # (B, rows, w, columns, w, 3, M, d) -> (3, B, rows columns M, ww, d)
-        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 4)
-        z = attend(*qkv, self.bias(H, W).flatten(0, 1)[None])
-        # (B, rows, w, columns, w, M, d) -> (B, rows w, columns w, C)
-        z = z.unflatten(2, (w, w)).unflatten(1, (rows, columns, M)).permute(0, 1, 4, 2, 5, 3, 6)
-        z = z.reshape(B, rows * w, columns * w, C)
-        z = z.roll((self.shift, self.shift), (1, 2)) if self.shift else z
-        return self.out(z[:, :H, :W])  # Eq. 3
+def is_size(value):
+    return is_count(value) or isinstance(value, tuple) and [*map(is_count, value)] == [True, True]
 
 
-# ======== 5. deformable attention
+COUNT = ("a whole number, 1 or more", is_count)
+SIZE = ("a whole number, or (height, width)", is_size)
+ABOVE_0 = ("a number above 0", lambda value: isinstance(value, Real) and 0 < value < math.inf)
+RULES = {  # of a field: what to expect, and the test of a value
+    "dim": COUNT, "heads": COUNT, "groups": COUNT, "stride": COUNT, "window": COUNT,
+    "patch": COUNT, "classes": COUNT, "size": SIZE, "image_size": SIZE, "offset_range": ABOVE_0,
+    "mlp_ratio": ABOVE_0,
+    "kernel": ("an odd number, so that it has a centre", lambda k: is_count(k) and k % 2 == 1),
+    "drop_path": ("a number from 0 to below 1", lambda p: isinstance(p, Real) and 0 <= p < 1)}
+CHOICES = {"geometry": ("paper", "release"), "position": ("relative", "fixed", "none"),
+           "stem": ("patch", "conv"), "offsets": (True, False)}
+
+
+def check(**values):
+    """Raises ValueError for values that no network can have. Each is known by its name."""
+    for name, value in values.items():
+        if name in RULES and not RULES[name][1](value):
+            raise ValueError(f"{name}={value!r}: expected {RULES[name][0]}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r}: expected one of {CHOICES[name]}")
+    if "dim" in values and values["dim"] % values["heads"]:
+        raise ValueError(f"dim={values['dim']} is not divisible by heads={values['heads']}")
+    if "groups" in values and values["heads"] % values["groups"]:
+        raise ValueError(f"groups={values['groups']} does not divide heads={values['heads']}")
+
+
+# ======== 2. coordinates and sampling (Sec. 3.2, Eq. 8)
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def height_and_width(size):
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def reference_coordinates(count, length, geometry, like):
+    """Where `count` reference points stand on an axis of `length` px; with count = length, where
+    the queries stand. Paper: Sec. 3.2. Shape: (count,), with the type and device of `like`.
+    "paper": evenly from the first pixel's centre to the last's; a single point in the middle.
+    "release": the middles of `count` equal parts of the line between those centres [D1]."""
+    i = torch.arange(count, dtype=like.dtype, device=like.device)
+    if geometry == "release":
+        return (i + 0.5) / count * (length - 1)
+    return i * (length - 1) / (count - 1) if count > 1 else i + (length - 1) / 2
+
+
+def largest_offset(count, length, offset_range, geometry):
+    """How far a point may move along an axis, in px: s / 2 cells, each length / count px long.
+    The paper gives s no unit (Sec. 3.2); the release has s / count on an axis from -1 to 1. Its
+    ends are the centres of the outer pixels, so that axis is length - 1 px long [D1]."""
+    length = length if geometry == "paper" else length - 1
+    return offset_range / 2 * length / count
+
+
+def bilinear_sample(maps, points):
+    """phi(z; p): maps read between their pixels (g is bilinear), with zeros outside. Paper: Eq. 8.
+    Shape: maps (B, C, H, W), points (B, h, u, 2) -> (B, C, h, u). Units: points (y, x) in px.
+    Computed in the type of the points; the result has the type of the maps."""
+    return sample_at(maps, *points.unbind(-1))
+
+
+def sample_at(maps, y, x):
+    """bilinear_sample, with y and x apart. Shape: y, x broadcast to (B, h, u), or to
+    (B, h1, h2, u) with h = h1 h2; many points are so made from few coordinates."""
+    H, W = maps.shape[-2:]
+    # grid_sample takes (x, y). With align_corners=False its -1 and 1 are the edges of the map,
+    # half a pixel outside the centres 0 and H - 1. (True: these centres; no good if H = 1.)
+    y, x = torch.broadcast_tensors((2 * y + 1) / H - 1, (2 * x + 1) / W - 1)
+    grid = torch.stack([x, y], dim=-1).flatten(1, -3)  # (B, h, u, 2)
+    sampled = F.grid_sample(maps.to(grid.dtype), grid, padding_mode="zeros", align_corners=False)
+    return sampled.to(maps.dtype)
+
+
+def resize(table, size):
+    """A position table with its last two axes at another size; the middle stays there [D2].
+    Shape: (.., h, w) -> (.., *size)."""
+    if table.shape[-2:] == size:
+        return table
+    resized = F.interpolate(table.flatten(0, -3)[None], size, mode="bicubic")[0]
+    return resized.unflatten(0, table.shape[:-2])
+
+
+# ======== 3. deformable attention (Sec. 3.2, Eq. 6-9)
 class OffsetNetwork(nn.Module):
     """theta_offset, one for all groups: how far points should move. Paper: Sec. 3.2, Fig. 2 (b).
-    Depth-wise k x k convolution, layer norm [D4], GELU, 1x1 convolution without bias: one would
-    shift all points alike. Shape: (B, H, W, C / G) -> (B, Hk, Wk, 2) yx, unbounded."""
+    Depth-wise k x k convolution, layer norm [D4], GELU, and a 1x1 convolution without bias, as a
+    bias would shift all points alike. Shape: (B, H, W, C / G) -> (B, Hk, Wk, 2) yx, unbounded."""
     def __init__(self, *, dim, kernel, stride):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, kernel, stride, kernel // 2, groups=dim)
@@ -289,7 +189,8 @@ class OffsetNetwork(nn.Module):
         self.out = nn.Linear(dim, 2, bias=False)
 
     def forward(self, q):
-        with torch.autocast("cpu", enabled=False):  # oneDNN's bfloat16 is slow here
+        # For speed on a CPU, not for precision: bfloat16 makes this convolution slow there.
+        with torch.autocast("cpu", enabled=False):
             q = q.permute(0, 3, 1, 2).to(self.conv.weight.dtype)
             x = self.conv(q).permute(0, 2, 3, 1)
             return self.out(F.gelu(self.norm(x)))
@@ -297,103 +198,271 @@ class OffsetNetwork(nn.Module):
 
 class DeformableAttention(nn.Module):
     """Attention to x~, the map read at points that the offset network moves. Paper: Sec. 3.2.
-    Shape: (B, H, W, C) -> the same, any H, W. `size`, an int or (H, W): the map that the position
-    table is for. Raises: ValueError."""
+    Shape: (B, H, W, C) -> the same, any H, W. `size`, a number or (H, W): the map that the
+    position table is made for; at another size it is resized [D2]. Raises: ValueError."""
     def __init__(self, *, dim, heads, groups, size, stride=1, kernel=5, offset_range=2.0,
                  geometry="paper", offsets=True, position="relative"):
         super().__init__()
-        stage = StageConfig(dim=dim, heads=heads, blocks="D", groups=groups, kernel=kernel)
-        H, W = DATConfig(stages=(stage,), image_size=size, patch=1, geometry=geometry,
-                         position=position).map_sizes()[0]
+        check(dim=dim, heads=heads, groups=groups, size=size, stride=stride, kernel=kernel,
+              offset_range=offset_range, geometry=geometry, offsets=offsets, position=position)
+        H, W = height_and_width(size)
         self.heads, self.groups, self.stride = heads, groups, stride
         self.offset_range, self.geometry, self.position = offset_range, geometry, position
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        self.offset = OffsetNetwork(
-            dim=dim // groups, kernel=kernel, stride=stride) if offsets else None
+        self.offset = None  # [D5]: points do not move
+        if offsets:
+            self.offset = OffsetNetwork(dim=dim // groups, kernel=kernel, stride=stride)
         if position == "relative":
             self.table = position_table(heads, 2 * H - 1, 2 * W - 1)
         elif position == "fixed":
             self.table = position_table(heads, H, W, ceil_div(H, stride), ceil_div(W, stride))
 
     def points(self, q):
-        """p + dp, where the keys of each group are read. Paper: Eq. 7 and dp <- s tanh(dp).
-        Shape: (B, H, W, C) -> (B, G, Hk, Wk, 2). Units: (y, x) in px of the map, float32 at least,
-        as bfloat16 has steps of half a pixel near 100."""
-        (B, H, W, _), G, geometry = q.shape, self.groups, self.geometry
-        axes = [(ceil_div(n, self.stride), n) for n in (H, W)]  # points and px along y and x
-        like = q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
-        y, x = (cell_centres(*axis, geometry=geometry, like=like) for axis in axes)
-        p = torch.cartesian_prod(y, x).view(len(y), len(x), 2)
+        """p + dp, where the keys of each group are read. Paper: Eq. 7, with dp <- s tanh(dp).
+        Shape: q (B, H, W, C) -> (B, G, Hk, Wk, 2). Units: (y, x) in px of the map, in float32 or
+        float64: bfloat16 has steps of half a pixel near 100."""
+        (B, H, W, C), G, geometry = q.shape, self.groups, self.geometry
+        Hk, Wk = ceil_div(H, self.stride), ceil_div(W, self.stride)
+        dtype = torch.promote_types(q.dtype, torch.float32)
         if self.offset is None:
-            return p.expand(B, G, -1, -1, -1)
-        grouped = q.unflatten(3, (G, -1)).movedim(3, 1)  # (B, G, H, W, C / G)
-        raw = self.offset(grouped.flatten(0, 1)).to(like.dtype).unflatten(0, (B, G))
-        s, (dy, dx) = self.offset_range, raw.tanh().unbind(-1)
-        far_y, far_x = (largest_offset(*axis, offset_range=s, geometry=geometry) for axis in axes)
-        return p + torch.stack([far_y * dy, far_x * dx], dim=-1)
+            offset = torch.zeros(B * G, Hk, Wk, 2, dtype=dtype, device=q.device)
+        else:
+            grouped = q.unflatten(3, (G, C // G)).movedim(3, 1)   # (B, G, H, W, C / G)
+            offset = self.offset(grouped.flatten(0, 1)).to(dtype)  # (B G, Hk, Wk, 2), unbounded
+        dy, dx = offset.tanh().unbind(-1)  # (B G, Hk, Wk) each, from -1 to 1
+        reference_y = reference_coordinates(Hk, H, geometry, like=offset)[:, None]  # (Hk, 1)
+        reference_x = reference_coordinates(Wk, W, geometry, like=offset)  # (Wk,)
+        reach_y = largest_offset(Hk, H, self.offset_range, geometry)
+        reach_x = largest_offset(Wk, W, self.offset_range, geometry)
+        points = [reference_y + reach_y * dy, reference_x + reach_x * dx]  # Eq. 7
+        return torch.stack(points, dim=-1).unflatten(0, (B, G))
 
     def position_bias(self, points, size):
         """phi(B^; R): the table, read at all displacements R = query - key. Paper: Eq. 9.
-        Shape: (B, G, Hk, Wk, 2) -> (B, M, N, K), (1, M, N, K) if "fixed", None if "none". Along y
-        the displacements -(H - 1) .. H - 1 stand in 2 H - 1 rows, 0 in row H - 1; x alike."""
-        (B, G, Hk, Wk, _), (H, W) = points.shape, size
+        Shape: points (B, G, Hk, Wk, 2), size (H, W) -> (B, M, N, K); (1, M, N, K) if "fixed".
+        Along y, displacements -(H - 1) .. H - 1 stand in 2 H - 1 rows: R in row R + H - 1."""
+        (B, G, Hk, Wk, _), (H, W), M = points.shape, size, self.heads
         if self.position == "none":
-            return None
-        table = self.table.to(points.dtype)
+            return points.new_zeros(1, 1, H * W, Hk * Wk)
         if self.position == "fixed":
-            table = resize(resize(table, (Hk, Wk)).permute(0, 3, 4, 1, 2), (H, W))
-            return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]
-        table = resize(table, (2 * H - 1, 2 * W - 1)).unflatten(0, (G, -1))
-        table = table.expand(B, *table.shape).flatten(0, 1)  # (B G, M / G, 2 H - 1, 2 W - 1)
-        q_y, q_x = (cell_centres(n, n, geometry=self.geometry, like=points) for n in (H, W))
-        k_y, k_x = points.reshape(B * G, 1, 1, Hk * Wk, 2).unbind(-1)
-        R_y, R_x = q_y[:, None, None] - k_y, q_x[:, None] - k_x  # (B G, H, 1, K), (B G, 1, W, K)
-        bias = bilinear_sample(table, (R_y + H - 1, R_x + W - 1))
-        return bias.view(B, self.heads, H * W, Hk * Wk)
+            return self.fixed_bias((H, W), (Hk, Wk))
+        table = resize(self.table.to(points.dtype), (2 * H - 1, 2 * W - 1))
+        table = table.expand(B, -1, -1, -1)  # (B, M, 2 H - 1, 2 W - 1)
+        table = table.unflatten(1, (G, M // G)).flatten(0, 1)  # (B G, M / G, 2 H - 1, 2 W - 1)
+        query_y = reference_coordinates(H, H, self.geometry, like=points)  # (H,)
+        query_x = reference_coordinates(W, W, self.geometry, like=points)  # (W,)
+        key_y, key_x = points.flatten(2, 3).flatten(0, 1).unbind(-1)  # (B G, K) each
+        row = query_y[:, None, None] - key_y[:, None, None] + H - 1  # (B G, H, 1, K)
+        column = query_x[:, None] - key_x[:, None, None] + W - 1  # (B G, 1, W, K)
+        bias = sample_at(table, row, column)  # (B G, M / G, N, K)
+        return bias.view(B, M, H * W, Hk * Wk)
 
-    def project(self, x):
-        """q (B, M, N, d), k~ and v~ (B, M, K, d), points (B, G, Hk, Wk, 2). Paper: Eq. 6-8."""
-        if x.shape[3:] != (self.q.in_features,):
-            raise ValueError(f"expected (B, H, W, {self.q.in_features}), not {tuple(x.shape)}")
-        (B, H, W, C), G, M = x.shape, self.groups, self.heads
-        q = self.q(x)
-        points = self.points(q)
+    def fixed_bias(self, queries, keys):
+        """One number for each query and key, wherever the key moved: an ablation [D5].
+        Shape: queries (H, W), keys (Hk, Wk) -> (1, M, N, K)."""
+        table = resize(self.table, keys)  # (M, rows, columns, Hk, Wk)
+        table = resize(table.permute(0, 3, 4, 1, 2), queries)  # (M, Hk, Wk, H, W)
+        return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]
+
+    def sample(self, x, points):
+        """x~: the channels of each group, read at its points. Paper: Eq. 7 and 8.
+        Shape: x (B, H, W, C), points (B, G, Hk, Wk, 2) -> (B, K, C)."""
+        (B, H, W, C), (_, G, Hk, Wk, _) = x.shape, points.shape
         maps = x.permute(0, 3, 1, 2).reshape(B * G, C // G, H, W)
-        sampled = bilinear_sample(maps, points.flatten(0, 1)).view(B, C, *points.shape[2:4])
-        sampled = sampled.flatten(2).transpose(1, 2).contiguous()  # x~: (B, K, C)
-        k, v = self.k(sampled), self.v(sampled)
-        q, k, v = (t.unflatten(2, (M, -1)).transpose(1, 2) for t in (q.flatten(1, 2), k, v))
-        return q, k, v, points
+        sampled = bilinear_sample(maps, points.flatten(0, 1))  # (B G, C / G, Hk, Wk)
+        # contiguous() once, not in each of the layers k and v: for speed on a CPU.
+        return sampled.view(B, C, Hk * Wk).transpose(1, 2).contiguous()
 
     def forward(self, x):
-        q, k, v, points = self.project(x)
-        z = attend(q, k, v, self.position_bias(points, x.shape[1:3]))
-        return self.out(z.transpose(1, 2).reshape(x.shape))  # Eq. 3, (B, M, N, d) -> (B, H, W, C)
+        if x.ndim != 4 or x.shape[3] != self.q.in_features:
+            raise ValueError(f"expected (B, H, W, {self.q.in_features}), not {tuple(x.shape)}")
+        (B, H, W, C), M = x.shape, self.heads
+        q = self.q(x)  # (B, H, W, C)
+        points = self.points(q)  # (B, G, Hk, Wk, 2)
+        sampled = self.sample(x, points)  # (B, K, C)
+        k, v = self.k(sampled), self.v(sampled)  # (B, K, C) each: Eq. 6
+        q, k, v = (t.unflatten(2, (M, C // M)).transpose(1, 2) for t in (q.flatten(1, 2), k, v))
+        z = attend(q, k, v, self.position_bias(points, (H, W)))  # (B, M, N, d): Eq. 9
+        return self.out(z.transpose(1, 2).reshape(B, H, W, C))  # Eq. 3
 
 
-# ======== 6. block, network
-class Block(nn.Module):
-    """z' = attention(LN(z)) + z, z'' = MLP(LN(z')) + z'. Paper: Eq. 4 and 5.
-    Shape: (B, H, W, C) -> the same."""
-    def __init__(self, config, index, letter, rate):
+# ======== 4. window attention (Sec. 3.3, from Swin)
+def pad_to_multiple(x, side):
+    """(B, H, W, C) with zeros at bottom and right, up to multiples of `side` [D2]."""
+    bottom, right = -x.shape[1] % side, -x.shape[2] % side
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
+class WindowAttention(nn.Module):
+    """Attention inside w x w windows with a learned bias: blocks L, and S with a `shift`.
+    Paper: Sec. 3.3, from Swin (Liu et al., 2021). Shape: (B, H, W, C) -> the same, any H, W.
+    Raises: ValueError."""
+    def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
-        stage, self.rate = config.stages[index], rate
-        dim, hidden = stage.dim, int(stage.dim * config.mlp_ratio)
-        if letter == "D":
-            self.attention = DeformableAttention(
-                dim=dim, heads=stage.heads, groups=stage.groups, size=config.map_sizes()[index],
-                stride=stage.stride, kernel=stage.kernel, offset_range=stage.offset_range,
-                geometry=config.geometry, offsets=config.offsets, position=config.position)
-        else:
-            shift = ceil_div(stage.window, 2) if letter == "S" else 0
-            self.attention = WindowAttention(
-                dim=dim, heads=stage.heads, window=stage.window, shift=shift)
+        check(dim=dim, heads=heads, window=window)
+        if not 0 <= shift <= window:
+            raise ValueError(f"shift={shift!r}: expected a whole number from 0 to window={window}")
+        self.heads, self.window, self.shift = heads, window, shift
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.table = position_table(heads, 2 * window - 1, 2 * window - 1)
+
+    def cut(self, x):
+        """The windows of a map that is filled up [D2] and rolled up and left by `shift` [D3].
+        Shape: (B, H, W, C) -> (B, rows, w, columns, w, C)."""
+        x = pad_to_multiple(x, self.window)
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), dims=(1, 2))
+        return x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
+
+    def regions(self, H, W):
+        """The region of the map that each pixel of a window is from: (rows, columns, w w).
+        Rolling moves the first `shift` rows below the last ones, into the same windows, and
+        columns alike; these pixels are regions 2 to 4. The zeros that fill up are region 0."""
+        rolled_y = torch.arange(H, device=self.table.device) < self.shift
+        rolled_x = torch.arange(W, device=self.table.device) < self.shift
+        region = 1 + 2 * rolled_y[:, None] + rolled_x  # (H, W), from 1 to 4
+        region = self.cut(region[None, :, :, None]).squeeze((0, 5))  # (rows, w, columns, w)
+        return region.transpose(1, 2).flatten(2)
+
+    def bias(self, H, W):
+        """The table at query - key + w - 1; minus infinity between regions, which are no
+        neighbours. (Zeros may see zeros: a row of nothing but minus infinity would give NaN.)
+        Shape: -> (1, rows, columns, M, w w, w w)."""
+        i = torch.arange(self.window, device=self.table.device)
+        y, x = i.repeat_interleave(self.window), i.repeat(self.window)  # (w w,): pixels of a window
+        row = y[:, None] - y + self.window - 1  # (w w, w w): query, key
+        column = x[:, None] - x + self.window - 1
+        region = self.regions(H, W)
+        apart = region[..., :, None] != region[..., None, :]  # (rows, columns, w w, w w)
+        return self.table[:, row, column].masked_fill(apart[None, :, :, None], -math.inf)
+
+    def forward(self, x):
+        (B, H, W, C), M, w = x.shape, self.heads, self.window
+        # The name qkv is used again so that memory is freed early: fewer page faults on a CPU.
+        qkv = self.qkv(self.cut(x))  # Eq. 1
+        rows, columns = qkv.shape[1], qkv.shape[3]
+        qkv = qkv.unflatten(5, (3, M, C // M))  # (B, rows, w, columns, w, 3, M, d)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6)  # (3, B, rows, columns, M, w w, d)
+        z = attend(*qkv, self.bias(H, W))  # (B, rows, columns, M, w w, d)
+        z = z.unflatten(4, (w, w)).permute(0, 1, 4, 2, 5, 3, 6)  # (B, rows, w, columns, w, M, d)
+        z = z.reshape(B, rows * w, columns * w, C)
+        if self.shift:
+            z = z.roll((self.shift, self.shift), dims=(1, 2))
+        return self.out(z[:, :H, :W])  # Eq. 3
+
+
+# ======== 5. block, configuration, network (Sec. 3.3, Fig. 3, Tab. 1)
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage. Paper: Sec. 3.3, Tab. 1. Raises: ValueError.
+    `blocks`, a letter each: L local windows, S shifted windows, D deformable attention. Windows
+    use `window` (w), and D uses `groups` (G), `stride` (r), `kernel` (k), `offset_range` (s)."""
+    dim: int
+    heads: int
+    blocks: str
+    window: int = 7
+    groups: int | None = None  # only with a D
+    stride: int = 1
+    kernel: int = 5
+    offset_range: float = 2.0
+
+    def __post_init__(self):
+        if not isinstance(self.blocks, str) or not self.blocks or set(self.blocks) - set("LSD"):
+            raise ValueError(f"blocks={self.blocks!r}: expected letters L, S and D")
+        if "D" not in self.blocks and self.groups is not None:
+            raise ValueError(f"groups={self.groups!r}: expected None, as blocks has no D")
+        check(**vars(self) | {"groups": self.groups if "D" in self.blocks else 1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DATConfig:
+    """The network. Paper: Sec. 3.3. Raises: ValueError.
+    `image_size`, a number or (H, W), sets the size of position tables; any input size works."""
+    stages: tuple[StageConfig, ...]
+    image_size: int | tuple[int, int] = 224
+    patch: int = 4
+    stem: str = "patch"  # or "conv" [D6]
+    classes: int = 1000
+    mlp_ratio: float = 4
+    drop_path: float = 0.0  # rate of the last block; it grows linearly from 0
+    geometry: str = "paper"  # or "release" [D1]
+    offsets: bool = True  # False: an ablation [D5]
+    position: str = "relative"  # or, as ablations, "fixed" or "none" [D5]
+
+    def __post_init__(self):
+        if not isinstance(self.stages, (tuple, list)) or not self.stages:
+            raise ValueError(f"stages={self.stages!r}: expected a StageConfig or more, in a tuple")
+        # A configuration from a file has dicts for stages, and may have lists for tuples.
+        stages = tuple(StageConfig(**s) if isinstance(s, dict) else s for s in self.stages)
+        size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
+        object.__setattr__(self, "stages", stages)  # frozen
+        object.__setattr__(self, "image_size", size)
+        check(**vars(self))
+        if self.stem == "conv" and self.patch not in (1, 2, 4):
+            raise ValueError(f"patch={self.patch}: expected 1, 2 or 4 with stem='conv'")
+        if min(stage.dim for stage in stages) * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves the MLP no hidden channel")
+
+    def map_sizes(self):
+        """(H, W) of the map of each stage, for an image of `image_size`."""
+        H, W = height_and_width(self.image_size)
+        cells = [self.patch * 2 ** i for i in range(len(self.stages))]  # image px per map px
+        return [(ceil_div(H, cell), ceil_div(W, cell)) for cell in cells]
+
+
+def stages(dim, heads, blocks, groups, kernels, window):
+    """A row of Tab. 1: widths and heads double with each stage. Only D uses groups and kernels."""
+    return tuple(StageConfig(dim=dim * 2 ** i, heads=heads * 2 ** i, blocks=blocks[i],
+                             groups=groups[i], kernel=kernels[i], window=window)
+                 for i in range(len(blocks)))
+
+
+TINY, DEEP = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
+T, B, KERNELS = (None, None, 3, 6), (None, None, 4, 8), (9, 7, 5, 3)  # T, B: groups
+VARIANTS = {  # Tab. 1, in the paper's geometry; published weights need "release" [D1]
+    "dat-t": DATConfig(stages=stages(96, 3, TINY, T, KERNELS, 7), drop_path=0.2),
+    "dat-s": DATConfig(stages=stages(96, 3, DEEP, T, KERNELS, 7), drop_path=0.3),
+    "dat-b": DATConfig(stages=stages(128, 4, DEEP, B, KERNELS, 7), drop_path=0.5),
+    "dat-b-384": DATConfig(stages=stages(128, 4, DEEP, B, KERNELS, 12), drop_path=0.5,
+                           image_size=384),
+    # For images of 32 px: DAT-T at half its width, and a small one for a CPU.
+    "cifar": DATConfig(stages=stages(48, 3, TINY, T, KERNELS, 4), drop_path=0.1,
+                       image_size=32, patch=1, stem="conv", classes=10),
+    "cifar-nano": DATConfig(stages=stages(48, 3, ("LSD", "LDLD", "LD"), (3, 3, 6), (7, 5, 3), 4),
+                            image_size=32, stem="conv", classes=10)}
+
+
+class Projection(nn.Module):
+    """Patch embedding and down-sampling: a convolution and a layer norm. Paper: Sec. 3.3.
+    Shape: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C'). If kernel = stride, the
+    map is filled up to whole patches [D2]; a larger kernel overlaps and is centred [D6]."""
+    def __init__(self, dim, out_dim, *, kernel, stride, bias=True):
+        super().__init__()
+        self.overlaps, self.stride = kernel > stride, stride
+        padding = kernel // 2 if self.overlaps else 0
+        self.conv = nn.Conv2d(dim, out_dim, kernel, stride, padding, bias=bias)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x):
+        if not self.overlaps:
+            x = pad_to_multiple(x, self.stride)
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class Block(nn.Module):
+    """z' = attention(LN(z)) + z, z'' = MLP(LN(z')) + z', each branch with drop path at `rate`.
+    Paper: Eq. 4 and 5. Shape: (B, H, W, C) -> the same."""
+    def __init__(self, attention, dim, hidden, rate):
+        super().__init__()
+        self.attention, self.rate = attention, rate
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.mlp = nn.ModuleDict({
             "expand": nn.Linear(dim, hidden), "contract": nn.Linear(hidden, dim)})
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
+        # The name `hidden` keeps this memory to the end: fewer page faults on a CPU.
         hidden = self.mlp.expand(self.norm2(z))
         return drop_path(self.mlp.contract(F.gelu(hidden)), self.rate, self.training) + z
 
@@ -404,40 +473,54 @@ class DAT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        dim, patch, conv = config.stages[0].dim, config.patch, config.stem == "conv"
-        if conv:
-            first = min(patch, 2)
-            self.stem = nn.Sequential(
-                Projection(3, dim // 2, kernel=3, stride=first), nn.GELU(),
-                Projection(dim // 2, dim, kernel=3, stride=patch // first))
-        else:
+        dim, patch = config.stages[0].dim, config.patch
+        if config.stem == "patch":
             self.stem = Projection(3, dim, kernel=patch, stride=patch)
+        else:  # strides 1 and 1, 2 and 1, or 2 and 2
+            stride = min(patch, 2)
+            self.stem = nn.Sequential(
+                Projection(3, dim // 2, kernel=3, stride=stride), nn.GELU(),
+                Projection(dim // 2, dim, kernel=3, stride=patch // stride))
         depth = sum(len(stage.blocks) for stage in config.stages)
         rates = iter([config.drop_path * i / max(depth - 1, 1) for i in range(depth)])
         self.stages = nn.ModuleList()
-        for i, stage in enumerate(config.stages):
-            down = nn.Identity() if i == 0 else Projection(
-                dim, stage.dim, kernel=3 if conv else 2, stride=2, bias=False)
-            blocks = nn.ModuleList(Block(config, i, letter, next(rates)) for letter in stage.blocks)
-            self.stages.append(nn.ModuleDict({"down": down, "blocks": blocks}))
+        for i, (stage, size) in enumerate(zip(config.stages, config.map_sizes())):
+            down = nn.Identity()
+            if i > 0:
+                kernel = 2 if config.stem == "patch" else 3
+                down = Projection(dim, stage.dim, kernel=kernel, stride=2, bias=False)
             dim = stage.dim
+            hidden = int(dim * config.mlp_ratio)
+            blocks = [Block(self.attention(letter, stage, size), dim, hidden, next(rates))
+                      for letter in stage.blocks]
+            self.stages.append(nn.Sequential(OrderedDict(down=down, blocks=nn.Sequential(*blocks))))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, config.classes)
 
-    def features(self, images, points=None):
-        """The maps (B, C, H, W) after the stages: a pyramid for a detector.
-        `points`: a list that gets the points of the D blocks."""
+    def attention(self, letter, stage, size):
+        """The attention of a block L, S or D, for maps of `size`."""
+        if letter == "D":
+            return DeformableAttention(
+                dim=stage.dim, heads=stage.heads, groups=stage.groups, size=size,
+                stride=stage.stride, kernel=stage.kernel, offset_range=stage.offset_range,
+                geometry=self.config.geometry, offsets=self.config.offsets,
+                position=self.config.position)
+        shift = ceil_div(stage.window, 2) if letter == "S" else 0
+        return WindowAttention(dim=stage.dim, heads=stage.heads, window=stage.window, shift=shift)
+
+    def embed(self, images):
+        """Patch embedding: images (B, 3, H, W) -> (B, ceil(H / patch), ceil(W / patch), C)."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"need float (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
-        x, maps = self.stem(images.permute(0, 2, 3, 1)), []
-        for i, stage in enumerate(self.stages):
-            x, cell = stage.down(x), self.config.patch * 2 ** i  # image px per map px
-            centre = (cell - 1) / 2 if self.config.stem == "patch" else 0  # of map pixel 0
-            for block in stage.blocks:
-                if points is not None and isinstance(block.attention, DeformableAttention):
-                    q = block.attention.q(block.norm1(x))
-                    points.append(centre + cell * block.attention.points(q))
-                x = block(x)
+            raise ValueError(f"expected images (B, 3, H, W) of floating-point numbers, not "
+                             f"{tuple(images.shape)} of {images.dtype}")
+        return self.stem(images.permute(0, 2, 3, 1))
+
+    def features(self, images):
+        """The map (B, C, H, W) after each stage: a pyramid for a detector. Paper: Fig. 3."""
+        x = self.embed(images)
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
             maps.append(x.permute(0, 3, 1, 2))
         return maps
 
@@ -447,47 +530,72 @@ class DAT(nn.Module):
 
     def sampling_points(self, images):
         """Where each D block reads its keys: a list of (B, G, Hk, Wk, 2), (y, x) in image px."""
-        points = []
-        self.features(images, points)
-        return points
+        x = self.embed(images)
+        found = []
+        for i, stage in enumerate(self.stages):
+            cell = self.config.patch * 2 ** i  # image px per map px
+            # Where map pixel 0 is: amid a patch, or where the first centred kernel stands [D6].
+            first = (cell - 1) / 2 if self.config.stem == "patch" else 0
+            x = stage.down(x)
+            for block in stage.blocks:
+                if isinstance(block.attention, DeformableAttention):
+                    q = block.attention.q(block.norm1(x))
+                    found.append(first + cell * block.attention.points(q))
+                x = block(x)
+        return found
 
 
-# ======== 7. the authors' weights
-OFFICIAL_NAMES = [  # (in the release, here), all applied in order
-    (r"^patch_proj\.", "stem."),
-    (r"^down_projs\.(\d+)", lambda i: f"stages.{int(i[1]) + 1}.down"),
-    (r"layer_norms\.(\d+)\.norm",
-     lambda i: f"blocks.{int(i[1]) // 2}.norm{int(i[1]) % 2 + 1}"),
-    (r"mlps\.(\d+)\.chunk", r"blocks.\1.mlp"),
-    (r"attns\.(\d+)", r"blocks.\1.attention"),
-    ("linear1", "expand"),
-    ("linear2", "contract"),
-    (r"\.proj_", "."),
-    ("conv_offset", "offset"),
-    (r"offset\.3", "offset.out"),
-    (r"(stem|down|offset)\.0", r"\1.conv"),
-    (r"(stem|down|offset)\.1\.norm", r"\1.norm"),
-    ("rpe_table|relative_position_bias_table", "table"),
-    (r"^cls_norm\.norm", "norm"),
-    (r"^cls_head", "head"),
-]
+def build(variant, **overrides):
+    """The model of VARIANTS[variant] with other values of some fields of its DATConfig.
+    Raises: ValueError."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is not one of {list(VARIANTS)}")
+    return DAT(replace(VARIANTS[variant], **overrides))
 
 
-def rename_official(state):
-    """The release's weights by our names, in our shapes. Unknown names stay."""
+# ======== 6. the authors' weights
+def our_name(name):
+    """The name here of a parameter of the release; other names stay."""
+    layers = {"0": "conv", "1": "norm", "3": "out", "linear1": "expand", "linear2": "contract"}
+    match name.split("."):
+        case ["patch_proj", layer, *_, kind]:
+            return f"stem.{layers[layer]}.{kind}"
+        case ["down_projs", i, layer, *_, kind]:
+            return f"stages.{int(i) + 1}.down.{layers[layer]}.{kind}"
+        case ["stages", i, "layer_norms", j, "norm", kind]:  # two in each block
+            return f"stages.{i}.blocks.{int(j) // 2}.norm{int(j) % 2 + 1}.{kind}"
+        case ["stages", i, "mlps", j, "chunk", layer, kind]:
+            return f"stages.{i}.blocks.{j}.mlp.{layers[layer]}.{kind}"
+        case ["stages", i, "attns", j, "rpe_table" | "relative_position_bias_table"]:
+            return f"stages.{i}.blocks.{j}.attention.table"
+        case ["stages", i, "attns", j, "conv_offset", layer, *_, kind]:
+            return f"stages.{i}.blocks.{j}.attention.offset.{layers[layer]}.{kind}"
+        case ["stages", i, "attns", j, layer, kind]:  # proj_qkv, proj_q, .., proj_out
+            return f"stages.{i}.blocks.{j}.attention.{layer.removeprefix('proj_')}.{kind}"
+        case ["cls_norm", "norm", kind]:
+            return f"norm.{kind}"
+        case ["cls_head", kind]:
+            return f"head.{kind}"
+    return name
+
+
+def rename_weights(weights):
+    """Weights of the release by our names and in our shapes; ours stay as they are. Prefixes that
+    DistributedDataParallel and torch.compile add are taken off. Raises: ValueError."""
     renamed = {}
-    for name, value in state.items():
+    for name, value in weights.items():
+        name = re.sub(r"\b(module|_orig_mod)\.", "", name)
+        if "local_perception_units" in name:
+            raise ValueError("weights of DAT++ (arXiv 2309.01430), another network: expected DAT's "
+                             "(the authors' README links them at commit 566a593)")
         if name.endswith((".relative_position_index", ".attn_mask")):
             continue  # both follow from the window
-        ours = name
-        for pattern, new in OFFICIAL_NAMES:
-            ours = re.sub(pattern, new, ours)
-        if name.endswith("relative_position_bias_table"):
+        if name.endswith("relative_position_bias_table"):  # (displacements, heads) there
             side = math.isqrt(len(value))
             value = value.T.reshape(-1, side, side)
-        elif value.ndim == 4 and not ours.endswith("conv.weight"):
-            value = value.flatten(1)  # 1x1 convolutions there
-        renamed[f"{name} twice" if ours in renamed else ours] = value
+        elif value.ndim == 4 and "attns" in name and "conv_offset.0" not in name:
+            value = value.flatten(1)  # a 1x1 convolution there, a linear layer here
+        renamed[our_name(name)] = value
     return renamed
 
 
@@ -495,21 +603,27 @@ def load_official(state_dict, config):
     """A model with the authors' weights (bare or under "model") and geometry [D1].
     Raises: ValueError that names each missing, unknown or misshapen key."""
     model = DAT(replace(config, geometry="release"))
+    weights = rename_weights(state_dict.get("model", state_dict))
     try:
-        model.load_state_dict(rename_official(state_dict.get("model", state_dict)))
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"weights do not fit the configuration: {error}") from None
     return model
 
 
-# ======== 8. data
+# ======== 7. data
 DATA = ("shapes", "cifar10", "cifar100", "imagenet")
 SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar")
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, deviation
 
 
 class InputError(ValueError):
-    """A caller's mistake: main prints one line."""
+    """A caller's mistake, in one line: what was expected, what came, what to do."""
+
+
+def seed_of(*place):
+    """A seed for each place in a run, such as ("image", seed, 17)."""
+    digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def make_shapes(count, *, seed, side=32):
@@ -520,29 +634,33 @@ def make_shapes(count, *, seed, side=32):
     def draw(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=rng)
 
-    pixel = torch.arange(side) + 0.5
+    row, column = torch.arange(side)[:, None] + 0.5, torch.arange(side) + 0.5
     blotches = F.interpolate(draw(0, 0.5, 3, 4, 4), (side, side), mode="bilinear")
     images = blotches + draw(-0.05, 0.05, 3, side, side)
     for _ in range(8):  # clutter: small boxes
-        y, x = draw(0, side, 2, 1, 1, 1).unbind(1)
+        y, x = draw(0, side, 2, 1, 1, 1).unbind(1)  # (count, 1, 1, 1) each
         height, width = draw(0.5, side / 12, 2, 1, 1, 1).unbind(1)
-        box = ((pixel[:, None] - y).abs() < height) & ((pixel - x).abs() < width)
+        box = ((row - y).abs() < height) & ((column - x).abs() < width)
         images = torch.where(box, draw(0, 0.6, 3, 1, 1), images)
+
     radius, angle = draw(0.2, 0.36, 1, 1) * side, draw(0, 2 * math.pi, 1, 1)
-    y, x = (radius + (side - 2 * radius) * draw(0, 1, 1, 1) for _ in range(2))
-    y, x = pixel[:, None] - y, pixel - x  # from the figure's centre
-    u = (x * angle.cos() + y * angle.sin()) / radius  # along its axes
+    centre_y = radius + (side - 2 * radius) * draw(0, 1, 1, 1)
+    centre_x = radius + (side - 2 * radius) * draw(0, 1, 1, 1)
+    y, x = row - centre_y, column - centre_x
+    u = (x * angle.cos() + y * angle.sin()) / radius  # along the axes of the figure, from -1 to 1
     v = (y * angle.cos() - x * angle.sin()) / radius
-    a, b, r, t = u.abs(), v.abs(), torch.hypot(u, v), torch.atan2(v, u)
-    figures = torch.stack([  # as in SHAPES
-        r < 0.9,
-        (r < 1) & (r > 0.55),
-        a.maximum(b) < 0.75,
-        r * (t % (2 * math.pi / 3) - math.pi / 3).cos() < 0.5,
-        (a.minimum(b) < 0.28) & (a.maximum(b) < 0.95),
-        r < 0.7 + 0.3 * (5 * t).cos(),
-        (r < 1) & (torch.hypot(u - 0.55, v) > 0.75),
-        (a < 1) & (b < 0.3)])
+    distance, direction = torch.hypot(u, v), torch.atan2(v, u)
+    longer, shorter = u.abs().maximum(v.abs()), u.abs().minimum(v.abs())
+    third = 2 * math.pi / 3
+    figures = torch.stack([  # in the order of SHAPES
+        distance < 0.9,
+        (distance < 1) & (distance > 0.55),
+        longer < 0.75,
+        distance * (direction % third - third / 2).cos() < 0.5,
+        (shorter < 0.28) & (longer < 0.95),
+        distance < 0.7 + 0.3 * (5 * direction).cos(),
+        (distance < 1) & (torch.hypot(u - 0.55, v) > 0.75),
+        (u.abs() < 1) & (v.abs() < 0.3)])
     labels = torch.randint(len(SHAPES), (count,), generator=rng)
     masks = figures[labels, torch.arange(count)]
     colour = draw(0.5, 1, 3, 1, 1) + draw(-0.05, 0.05, 3, side, side)
@@ -550,110 +668,179 @@ def make_shapes(count, *, seed, side=32):
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels, masks
 
 
-def load_dataset(name, root, train):
-    """(image, label) pairs of the training or test set, and the class names."""
-    if name == "shapes":
-        images, labels, _ = make_shapes(10_000 if train else 2_000, seed=int(train))
-        return TensorDataset(images, labels), SHAPES
-    from torchvision import datasets
-    cifar = getattr(datasets, name.upper(), None)
-    wanted = cifar.url if cifar else "train/<class>/ and val/<class>/"
+def read_image(path):
+    """The RGB image of a file, on white where it is transparent. EXIF orientation is ignored, as
+    in the release. Raises: InputError."""
+    from PIL import Image
     try:
-        found = (cifar(root, train, download=True) if cifar else
-                 datasets.ImageFolder(Path(root, "train" if train else "val")))
-    except Exception as error:
-        raise InputError(f"--data {root} has no {name} ({error}): expected {wanted}; "
-                         "--train shapes needs no files")
-    if cifar:  # faster than Pillow images
-        images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-        return TensorDataset(images, torch.tensor(found.targets)), tuple(found.classes)
-    return found, tuple(found.classes)
+        image = Image.open(path)
+        image.load()
+    except Exception as error:  # Pillow raises many kinds, all about this file
+        raise InputError(f"{path} cannot be read as an image: {error}") from None
+    if image.mode.startswith(("I", "F")):  # convert("RGB") would clip these to white
+        raise InputError(f"{path} has pixels of mode {image.mode}: expected 8 bits a channel")
+    if "A" in image.getbands() or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
-class Parts(Dataset):
-    """Parts of batches: (seed, indices) -> images (b, 3, size, size), labels (b,).
-    All draws follow from the seed. `augment`: None; 0: crop, flip; 1: + erasing, RandAugment."""
-    def __init__(self, name, samples, size, augment):
-        from torchvision.transforms import InterpolationMode, v2
-        bicubic, photos, steps = InterpolationMode.BICUBIC, name == "imagenet", []
-        if augment is not None:
-            steps = [v2.RandomResizedCrop(size, interpolation=bicubic) if photos else
-                     v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
-        elif photos:  # 256 for 224, 438 for 384
-            steps = [v2.Resize([size * 256 // 224] * 2, bicubic), v2.CenterCrop(size)]
-        if augment:  # 9 of 10, as in the release
-            steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11))
-        self.samples, self.transform = samples, v2.Compose([*steps, v2.PILToTensor()])
-        self.normalise = v2.Normalize(*IMAGENET if photos else ([0.5] * 3, [0.25] * 3))
-        self.erase = v2.RandomErasing(0.25, value="random") if augment else nn.Identity()
+def load_folder(root):
+    """(path, label) of the images root/<class>/.., and class names. Hidden files and folders, such
+    as .ipynb_checkpoints, are left out. Raises: InputError."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    def read(self, i):
-        try:
-            return self.samples[i]
-        except Exception as error:
-            path = self.samples.samples[i][0]
-            raise InputError(f"{path} cannot be read ({error}): remove it")
+    def is_image(path):
+        hidden = any(name.startswith(".") for name in Path(path).relative_to(root).parts)
+        return not hidden and path.lower().endswith(IMG_EXTENSIONS)
 
-    def __getitem__(self, part):
-        seed, indices = part
-        torch.manual_seed(seed)
-        images, labels = zip(*map(self.read, indices))
-        images = self.normalise(torch.stack([self.transform(i) for i in images]) / 255)
-        return torch.stack([self.erase(i) for i in images]), torch.tensor(labels)
+    try:
+        folders = [path.name for path in root.iterdir() if path.is_dir()]
+        classes = sorted(name for name in folders if not name.startswith("."))
+        labels = {name: label for label, name in enumerate(classes)}
+        return make_dataset(str(root), labels, is_valid_file=is_image), tuple(classes)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--data: expected images in {root}/<class>/, but: {error}") from None
 
 
-# ======== 9. training
-SETTINGS = "epochs batch_size lr warmup floor clip decay".split()
-RECIPES = {  # of data, or data and model; warmup: share of the run; floor: share of lr
-    "shapes": (4, 64, 3e-3, 0.25, 0.01, 5.0, 0.05),
-    "cifar": (6, 128, 2e-3, 0.05, 0.01, 5.0, 0.05),
-    "cifar cifar": (300, 256, 1e-3, 0.05, 0.01, 5.0, 0.05),
-    "imagenet": (300, 1024, 1e-3, 20 / 300, 0.01, 5.0, 0.05),  # the release's from here
-    "imagenet dat-b": (300, 1024, 8e-4, 50 / 300, 1 / 80, 1.0, 0.05),
-    "imagenet fine-tuning": (30, 512, 2e-6, 0.0, 0.05, 5.0, 1e-8)}
+def load_dataset(name, root, split):
+    """(image, label) pairs of `split` "train" or "test", and the class names. Images are uint8
+    (3, 32, 32), or paths of files. Raises: InputError."""
+    if name == "shapes":
+        count, seed = {"train": (10_000, 1), "test": (2_000, 0)}[split]
+        images, labels, _ = make_shapes(count, seed=seed)
+        return TensorDataset(images, labels), SHAPES
+    if name == "imagenet":
+        return load_folder(Path(root, {"train": "train", "test": "val"}[split]))
+    from torchvision import datasets
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        cifar = kind(root, train=split == "train", download=True)
+    except (OSError, RuntimeError, EOFError, pickle.PickleError) as error:
+        raise InputError(f"--data {root} has no {name}, and its download from {kind.url} failed "
+                         f"({error}); --train shapes needs no files") from None
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
+    return TensorDataset(images, torch.tensor(cifar.targets)), tuple(cifar.classes)
 
 
-def learning_rate(step, *, steps, warmup, peak, floor):
-    """Linear warm-up from floor / 10 of peak, then half a cosine to floor of peak [D8]."""
-    warm = max(int(steps * warmup), min(50, steps // 4)) if warmup else 0  # short runs
-    if step < warm:
-        return peak * (floor / 10 + (1 - floor / 10) * step / warm)
-    progress = (step - warm) / (steps - warm)
+def mean_and_std(data):
+    """How images are normalised, for each channel: ImageNet's figures, or simple ones."""
+    if data == "imagenet":
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def transform_for(data, size, augment):
+    """From an image (a path if imagenet) to the network's input (3, size, size). `augment`: "none"
+    for tests, "light" for crop and flip, "strong" for RandAugment and random erasing as well."""
+    from torchvision.transforms import InterpolationMode, v2
+    bicubic = InterpolationMode.BICUBIC
+    steps = [read_image] if data == "imagenet" else []
+    if data == "imagenet" and augment == "none":  # from a square of 256 px for 224, 438 for 384
+        steps += [v2.Resize((size * 256 // 224,) * 2, bicubic), v2.CenterCrop(size)]
+    elif data == "imagenet":
+        steps += [v2.RandomResizedCrop(size, interpolation=bicubic), v2.RandomHorizontalFlip()]
+    elif augment != "none":
+        steps += [v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
+    if augment == "strong":  # strength 9 of 0 to 10
+        steps += [v2.RandAugment(num_ops=2, magnitude=9, num_magnitude_bins=11)]
+    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+              v2.Normalize(*mean_and_std(data))]
+    if augment == "strong":
+        steps += [v2.RandomErasing(0.25, value="random")]
+    return v2.Compose(steps)
+
+
+class Samples(Dataset):
+    """The images of all epochs, transformed: item place = epoch * len + i is image i in an epoch.
+    All random draws of an item follow from (seed, place), wherever it is made."""
+    def __init__(self, images, transform, seed=0):
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, place):
+        image, label = self.images[place % len(self)]
+        torch.default_generator.manual_seed(seed_of("image", self.seed, place))
+        return self.transform(image), label
+
+
+# ======== 8. recipe
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides the result of a run. It is saved with the weights."""
+    data: str
+    model: str  # a name in VARIANTS
+    epochs: int
+    batch_size: int  # images an update, in all processes together
+    micro_batch: int  # images at once in one process
+    lr: float  # the highest learning rate
+    warmup: float  # share of the updates in which the rate rises
+    floor: float  # the last rate, as a share of the highest
+    clip: float  # largest norm of the gradient
+    weight_decay: float
+    augment: str  # see transform_for
+    mixed: float  # share of the updates with MixUp or CutMix
+    dtype: str  # "float32", or of autocast "bfloat16" or "float16"
+    seed: int = 0
+
+
+def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False):
+    """The recipe for `data`; the dict `given` has the values that the user chose. For imagenet it
+    is the authors' recipe, whose rate is meant for 512 images and grows with the batch."""
+    recipe = {"epochs": 300, "batch_size": 1024, "lr": 5e-4, "warmup": 20 / 300, "floor": 0.01,
+              "clip": 5.0, "weight_decay": 0.05}
+    if data == "shapes":
+        recipe |= {"epochs": 4, "batch_size": 64, "lr": 3e-3, "warmup": 0.25}
+    elif data != "imagenet" and model == "cifar":
+        recipe |= {"epochs": 300, "batch_size": 256, "lr": 1e-3, "warmup": 0.05}
+    elif data != "imagenet":
+        recipe |= {"epochs": 6, "batch_size": 128, "lr": 2e-3, "warmup": 0.05}
+    elif fine_tuning and new_head:  # own classes: not the authors'
+        recipe |= {"epochs": 30, "batch_size": 64, "lr": 1e-3}
+    elif fine_tuning:
+        recipe |= {"epochs": 30, "batch_size": 512, "lr": 2e-6, "warmup": 0.0, "floor": 0.05,
+                   "weight_decay": 1e-8}
+    elif model.startswith("dat-b"):
+        recipe |= {"lr": 4e-4, "warmup": 50 / 300, "floor": 1 / 80, "clip": 1.0}
+    recipe |= given
+    if data == "imagenet" and "lr" not in given:
+        recipe["lr"] *= recipe["batch_size"] / 512
+    if "micro_batch" not in given:  # the largest that fits memory and suits all processes
+        largest = 128 if data == "imagenet" else 1024
+        recipe["micro_batch"] = max((n for n in range(1, largest + 1)
+                                     if recipe["batch_size"] % (n * world) == 0), default=1)
+    # On CIFAR-10, short runs were worse with strong augmentation: lab/RESULTS.md.
+    strong = data == "imagenet" or recipe["epochs"] >= 60
+    mixed = data == "imagenet" or recipe["epochs"] >= 100
+    return Recipe(data=data, model=model, augment="strong" if strong else "light",
+                  mixed=0.9 if mixed else 0.0, **recipe)
+
+
+def learning_rate(update, *, updates, peak, warmup, floor):
+    """Of update 0, 1, .. of `updates`: linear warm-up from floor / 10 of the peak, then half a
+    cosine to floor of it [D8]. Short runs warm up for 50 updates, or a quarter if that is less."""
+    warm = max(int(updates * warmup), min(50, updates // 4)) if warmup else 0
+    if update < warm:
+        return peak * (floor / 10 + (1 - floor / 10) * update / warm)
+    progress = (update - warm) / (updates - warm)
     return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def parameter_groups(model, decay):
-    """For AdamW: no decay of biases, norms and position tables, as in the release."""
-    groups = {decay: [], 0.0: []}
-    for name, p in model.named_parameters():
-        groups[decay if p.ndim > 1 and not name.endswith("table") else 0.0].append(p)
-    return [{"params": group, "weight_decay": rate} for rate, group in groups.items()]
+def parameter_groups(model, weight_decay):
+    """For an optimiser: weights of layers decay; biases, norms and position tables do not."""
+    decayed = {"params": [], "weight_decay": weight_decay}
+    others = {"params": [], "weight_decay": 0.0}
+    for name, parameter in model.named_parameters():
+        group = decayed if parameter.ndim > 1 and not name.endswith("table") else others
+        group["params"].append(parameter)
+    return [decayed, others]
 
 
-def has_bfloat16(device):
-    """Whether hardware multiplies bfloat16."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-
-
-@torch.no_grad()
-def evaluate(model, test, args):
-    """The test accuracy. Each process tests its own share."""
-    total, model = len(test.samples), model.eval()
-    right = torch.zeros((), dtype=int, device=args.device)
-    parts = [(0, part.tolist()) for part in torch.arange(args.rank, total, args.world).split(100)]
-    for images, labels in DataLoader(test, None, sampler=parts, num_workers=args.workers):
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16):
-            best = model(images.to(args.device)).argmax(dim=1)
-        right += (best == labels.to(args.device)).sum()
-    if args.world > 1:
-        dist.all_reduce(right)
-    return right.item() / total
-
-
+# ======== 9. checkpoints
 def write_atomically(path, content):
-    """Writes a copy and renames it: at any moment `path` is the old file or the new."""
+    """Writes bytes to a copy and renames it: at any moment `path` is the old file or the new."""
     copy = Path(f"{path}.tmp")
     try:
         with copy.open("wb") as file:
@@ -665,230 +852,477 @@ def write_atomically(path, content):
         copy.unlink(missing_ok=True)
 
 
+def save(folder, model, optimizer, scaler, recipe, history, classes):
+    """last.pt, from which a run resumes, and metrics.csv, a line an epoch."""
+    mean, std = mean_and_std(recipe.data)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    file = io.BytesIO()
+    torch.save({"model": weights, "config": asdict(model.config), "classes": classes,
+                "mean": mean, "std": std, "recipe": asdict(recipe), "history": history,
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, file)
+    rows = [history[0].keys()] + [epoch.values() for epoch in history]
+    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    write_atomically(folder / "metrics.csv", table.encode())
+    write_atomically(folder / "last.pt", file.getvalue())
+
+
+NO_CHECKPOINT = {"model": None, "config": None, "classes": None, "geometry": None, "recipe": {}}
+
+
 def load_checkpoint(path):
-    """What a file of dat.py holds, or the authors' weights."""
-    try:  # the authors' files hold a yacs node
+    """What a file of weights holds, a dict. "model": the weights, of last.pt, a state dict or the
+    authors' file; if it is last.pt, "config", "classes" and more. Raises: InputError."""
+    try:  # the authors' files hold their settings too, as a CfgNode
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             found = torch.load(path, map_location="cpu", weights_only=True)
-        if "cls_head.weight" in found["model"]:
-            return {"model": rename_official(found["model"]), "geometry": "release"}
-        config = DATConfig(**found["config"])
-        return found | {"config": config, "geometry": config.geometry}
-    except Exception as error:
-        raise InputError(f"{path} is no checkpoint of dat.py or the authors: {error!r}")
-
-
-def load_for_fine_tuning(model, state):
-    """Resizes relative tables to the model's [D2]; a head of another size starts anew."""
-    state, ours = dict(state), model.state_dict()
-    for name in state.keys() & ours.keys():
-        if name.endswith("table") and ours[name].ndim == 3:
-            state[name] = resize(state[name], ours[name].shape[1:])
-        if name.startswith("head.") and len(state[name]) != len(ours[name]):
-            state[name] = ours[name]
-    model.load_state_dict(state)
-
-
-def load_model(args, classes):
-    """The model that the flags ask for, with the checkpoint's weights."""
-    found, size = args.found, args.config.image_size if args.photos else 32
-    geometry = found.get("geometry", args.config.geometry)
-    config = replace(args.config, classes=len(classes), image_size=size, geometry=geometry)
-    torch.manual_seed(args.seed)
-    model = DAT(config)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: expected a file of weights") from None
+    except Exception as error:  # torch.load raises many kinds, all about this file
+        raise InputError(f"{path} is damaged, or no file of weights: {error}") from None
+    weights = found.get("model", found) if isinstance(found, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(
+            isinstance(name, str) and torch.is_tensor(w) for name, w in weights.items()):
+        raise InputError(f"{path} holds no weights: expected last.pt of dat.py, or a state dict")
     try:
-        if args.train and args.checkpoint and not args.resume:
-            load_for_fine_tuning(model, found["model"])
-        elif found.get("classes", classes) != classes:
-            raise RuntimeError("its classes are others")
-        elif found:
-            model.load_state_dict(found["model"])
+        checkpoint = NO_CHECKPOINT | {"model": rename_weights(weights)}
+        if any("patch_proj." in name for name in weights):
+            return checkpoint | {"geometry": "release"}
+        if "config" not in found:
+            return checkpoint
+        config = DATConfig(**found["config"])
+        return found | checkpoint | {"config": config, "geometry": config.geometry,
+                                     "classes": tuple(found["classes"]), "recipe": found["recipe"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} does not hold what dat.py saves: {error}") from None
+
+
+def load_weights(model, weights, source):
+    """Raises: InputError."""
+    try:
+        model.load_state_dict(weights)
     except RuntimeError as error:
-        path = args.out if args.resume else args.checkpoint
-        raise InputError(f"{path} does not fit --model {args.model}: {error}")
-    return model.to(args.device, memory_format=torch.channels_last)
+        raise InputError(f"{source} does not fit --model: {error}") from None
 
 
-def train(args):
-    """A run, new or resumed, to its end."""
+def adapted(weights, model, keep_head):
+    """Weights to start from: relative tables resized to the model's [D2]; the head is the
+    model's own, new one unless `keep_head`."""
+    weights = dict(weights)
+    for name, own in model.state_dict().items():
+        if name.startswith("head.") and not keep_head:
+            weights[name] = own
+        elif name.endswith("table") and own.ndim == 3 and name in weights:
+            weights[name] = resize(weights[name], own.shape[1:])
+    return weights
+
+
+def make_model(name, checkpoint, data, classes):
+    """A new model: the variant `name`, or the checkpoint's own form of it."""
+    config = VARIANTS.get(name)
+    if checkpoint["config"] and checkpoint["recipe"].get("model") == name:
+        config = checkpoint["config"]
+    size = config.image_size if data == "imagenet" else 32
+    return DAT(replace(config, classes=len(classes), image_size=size,
+                       geometry=checkpoint["geometry"] or config.geometry))
+
+
+# ======== 10. training
+@dataclass(frozen=True)
+class Machine:
+    """Where a run takes place: decides its speed, never its result. It is not saved."""
+    device: torch.device
+    rank: int = 0  # of this process, among
+    world: int = 1  # so many
+    workers: int = 0  # processes that load images for this one
+
+    def say(self, text):
+        """Prints a line, once for all processes."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def first(self, work, *arguments):
+        """What work(*arguments) returns in process 0; a mistake there is raised in all."""
+        outcome = [None, None]  # result, mistake
+        if self.rank == 0:
+            try:
+                outcome[0] = work(*arguments)
+            except (InputError, OSError) as mistake:
+                outcome[1] = mistake
+        if self.world > 1:
+            dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+def micro_batches(count, recipe, machine, first_epoch):
+    """The places (see Samples) of each micro-batch of this process, to the end of the run."""
+    for epoch in range(first_epoch, recipe.epochs):
+        rng = torch.Generator().manual_seed(seed_of("order", recipe.seed, epoch))
+        order = epoch * count + torch.randperm(count, generator=rng)
+        for batch in order.split(recipe.batch_size)[:count // recipe.batch_size]:  # whole ones
+            for places in batch.split(recipe.micro_batch)[machine.rank::machine.world]:
+                yield places.tolist()
+
+
+def test_loader(data, images, size, machine):
+    """Batches of this process's share of the test images."""
+    samples = Samples(images, transform_for(data, size, "none"))
+    share = range(machine.rank, len(images), machine.world)
+    batches = [share[i:i + 100] for i in range(0, len(share), 100)]
+    return DataLoader(samples, batch_sampler=batches, num_workers=machine.workers,
+                      persistent_workers=machine.workers > 0)
+
+
+@torch.no_grad()
+def evaluate(model, tests, dtype, machine):
+    """Accuracies from 0 to 1 on the test images of all processes: {"top1": .., "top5": ..}."""
+    model.eval()
+    correct, shown = torch.zeros(2, device=machine.device), time.monotonic()
+    for i, (images, labels) in enumerate(tests):
+        with torch.autocast(machine.device.type, getattr(torch, dtype), dtype != "float32"):
+            logits = model(images.to(machine.device))
+        best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
+        hits = best == labels.to(machine.device)[:, None]
+        correct += torch.stack([hits[:, 0].sum(), hits.sum()])
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            machine.say(f"tested {i + 1:,} of {len(tests):,} batches")
+    if machine.world > 1:
+        dist.all_reduce(correct)
+    return dict(zip(("top1", "top5"), (correct / len(tests.dataset)).tolist()))
+
+
+def percent(accuracies, classes):
+    top5 = f", top-5 {accuracies['top5']:.2%}" if len(classes) > 5 else ""
+    return f"top-1 {accuracies['top1']:.2%}{top5}"
+
+
+def time_left(done, total, seconds):
+    """h:mm:ss until all is done, if `done` of `total` took `seconds`."""
+    left = round((total - done) * seconds / done)
+    return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+
+
+def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
+    """Trains to the end of the recipe, and saves after each epoch. `resumed`: the checkpoint to
+    go on from, or None."""
     from torchvision.transforms import v2
-    samples, classes = load_dataset(args.train, args.data, True)
-    tests, test_classes = load_dataset(args.train, args.data, False)
-    if odd := {*classes} ^ {*test_classes}:
-        raise InputError(f"--data {args.data}: train or val lacks the class {min(odd)}")
-    model, steps = load_model(args, classes), len(samples) // args.batch_size
-    if not steps or args.batch_size % args.parts or args.parts % args.world:
-        raise InputError(f"--batch-size: expected a multiple of {args.parts} up to {len(samples)}")
-    end, size = steps * args.epochs, model.config.image_size
-    data = Parts(args.train, samples, size, args.photos or args.epochs >= 60)
-    test = Parts(args.train, tests, size, None)
+    device, size = machine.device, model.config.image_size
+    steps = len(train_images) // recipe.batch_size  # updates an epoch
+    updates = recipe.epochs * steps
+    accumulate = recipe.batch_size // (recipe.micro_batch * machine.world)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "float16")
+    history = []
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        history = resumed["history"]
+    forward = torch.compile(model, fullgraph=True) if compiles else model
+    if machine.world > 1:
+        forward = nn.parallel.DistributedDataParallel(forward)
+    samples = Samples(train_images, transform_for(recipe.data, size, recipe.augment), recipe.seed)
+    places = micro_batches(len(samples), recipe, machine, len(history))
+    batches = iter(DataLoader(samples, batch_sampler=places, num_workers=machine.workers))
+    tests = test_loader(recipe.data, test_images, size, machine)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(classes)),
                            v2.CutMix(alpha=1.0, num_classes=len(classes))])
-    mixed_steps = 0.9 * end if args.photos or args.epochs >= 100 else 0
-    forward = torch.compile(model, fullgraph=True) if args.compile else model
-    forward = nn.parallel.DistributedDataParallel(forward) if args.world > 1 else forward
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.decay), fused=True)
-    rows = []  # of metrics.csv; accuracy None: its test is to come
+    test_cost = len(test_images) / recipe.batch_size / 3  # in updates: it has no backward pass
+    first_epoch, start = len(history), time.monotonic()
+
+    for epoch in range(first_epoch, recipe.epochs):
+        model.train()
+        losses, shown, epoch_start = [], 0, time.monotonic()  # losses: one an update
+        shown_at = epoch_start
+        for step in range(steps):
+            update = epoch * steps + step
+            rate = learning_rate(update, updates=updates, peak=recipe.lr, warmup=recipe.warmup,
+                                 floor=recipe.floor)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            losses.append(torch.zeros((), device=device))
+            for i in range(accumulate):
+                images, labels = (t.to(device) for t in next(batches))
+                index = i * machine.world + machine.rank  # of the micro-batch in its batch
+                torch.manual_seed(seed_of("update", recipe.seed, update, index))
+                if update < recipe.mixed * updates:
+                    images, labels = mix(images, labels)
+                forward.require_backward_grad_sync = i == accumulate - 1  # DDP: once an update
+                with torch.autocast(device.type, getattr(torch, recipe.dtype),
+                                    recipe.dtype != "float32"):
+                    loss = F.cross_entropy(forward(images), labels, label_smoothing=0.1)
+                scaler.scale(loss / accumulate).backward()
+                losses[-1] += loss.detach() / accumulate
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            scaler.step(optimizer)
+            scaler.update()
+
+            seconds = time.monotonic() - shown_at
+            if seconds > 10:
+                loss = torch.stack(losses[shown:]).mean().item()
+                check_loss(loss, epoch, recipe)
+                speed = (step + 1 - shown) * recipe.batch_size / seconds
+                done = (epoch - first_epoch) * (steps + test_cost) + step + 1
+                total = (recipe.epochs - first_epoch) * (steps + test_cost)
+                machine.say(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{steps}  "
+                            f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  "
+                            f"{time_left(done, total, time.monotonic() - start)} left")
+                shown, shown_at = step + 1, time.monotonic()
+
+        loss = torch.stack(losses).mean()
+        if machine.world > 1:
+            dist.all_reduce(loss)
+        loss, seconds = loss.item() / machine.world, time.monotonic() - epoch_start
+        finite = all(parameter.isfinite().all() for parameter in model.parameters())
+        check_loss(loss if finite else math.nan, epoch, recipe)
+        accuracies = evaluate(model, tests, recipe.dtype, machine)
+        history.append({"epoch": epoch + 1, "loss": loss, **accuracies, "seconds": seconds})
+        machine.first(save, folder, model, optimizer, scaler, recipe, history, classes)
+        machine.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {loss:.3f}  "
+                    f"test {percent(accuracies, classes)}  in {seconds:.0f} s")
+
+
+def check_loss(loss, epoch, recipe):
+    if not math.isfinite(loss):
+        raise InputError(f"epoch {epoch + 1}: the loss is not finite; try --lr below {recipe.lr:g}")
+
+
+# ======== 11. command line
+def dtype_for(choice, device):
+    """The type to compute in, by the flag --dtype: "auto" is what the hardware multiplies fast."""
+    if choice != "auto":
+        return choice
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if fast else "float32"
+
+
+def start_machine(args):
+    """The device and processes of this run; joins the processes of torchrun. Raises: InputError."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, local_rank, world = 0, 0, 1
+    if all(name in os.environ for name in names):  # a cluster may set some of them
+        rank, local_rank, world = (int(os.environ[name]) for name in names[:3])
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
+    kind = args.device
+    if kind == "auto":
+        kind = next(name for name in here if here[name])
+    if not here[kind]:
+        raise InputError(f"--device {kind}: PyTorch finds none here; try --device cpu")
+    device, workers = torch.device(kind), 0
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"process {local_rank} has no GPU: expected at most "
+                             f"{torch.cuda.device_count()} processes (--nproc-per-node)")
+        torch.cuda.set_device(local_rank)
+        processors = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                      else os.cpu_count())
+        workers = processors // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world > 1:
+        dist.init_process_group()
+    return Machine(device, rank, world, workers if args.workers is None else args.workers)
+
+
+def load_data(machine, *what):
+    """load_dataset in each process, after process 0 has downloaded what is missing."""
+    if machine.world > 1:
+        machine.first(lambda: bool(load_dataset(*what)))
+    return load_dataset(*what)
+
+
+def default_model(data, device):
+    if data == "imagenet":
+        return "dat-t"
+    return "cifar" if data != "shapes" and device.type == "cuda" else "cifar-nano"
+
+
+def run_evaluation(args, given, machine):
+    checkpoint = load_checkpoint(args.checkpoint)
+    images, classes = load_data(machine, args.eval, args.data, "test")
+    if checkpoint["classes"] not in (None, classes):
+        raise InputError(f"{args.checkpoint} knows other classes than {args.eval} in {args.data}")
+    saved = checkpoint["recipe"]
+    name = given.get("model", saved.get("model", default_model(args.eval, machine.device)))
+    model = make_model(name, checkpoint, args.eval, classes).to(machine.device)
+    load_weights(model, checkpoint["model"], args.checkpoint)
+    trained_in_full = saved.get("dtype") == "float32"
+    dtype = given.get("dtype", "float32" if trained_in_full else dtype_for("auto", machine.device))
+    tests = test_loader(args.eval, images, model.config.image_size, machine)
+    accuracies = evaluate(model, tests, dtype, machine)
+    machine.say(f"{name} from {args.checkpoint} on {len(images):,} images of {args.eval}, "
+                f"{dtype}: {percent(accuracies, classes)}")
+
+
+def take_folder(out, data):
+    """A new folder, --out or runs/<data>-<n>, that no other run can take. Raises: InputError."""
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        if any(Path(out).iterdir()):
+            raise InputError(f"--out {out} is not empty: choose another folder, or add --resume")
+        return Path(out)
+    for n in range(1, 100_000):
+        try:
+            Path(f"runs/{data}-{n}").mkdir(parents=True)
+            return Path(f"runs/{data}-{n}")
+        except FileExistsError:
+            continue
+
+
+def load_run(folder, given):
+    """The checkpoint of a run to resume, and its recipe. Raises: InputError."""
+    path = Path(folder, "last.pt")
+    if Path(folder).is_dir() and not path.exists():
+        raise InputError(f"{folder} has nothing saved yet: no epoch had ended; start a new run")
+    checkpoint = load_checkpoint(path)
+    try:
+        recipe = Recipe(**checkpoint["recipe"])
+    except TypeError:
+        raise InputError(f"{path} is no run of this version: start from it with --checkpoint "
+                         "and another --out") from None
+    for name, value in given.items():
+        if value != getattr(recipe, name):
+            flag = name.replace("_", "-")
+            raise InputError(f"{path} was started with --{flag} {getattr(recipe, name)}, not "
+                             f"{value}: omit the flag")
+    return checkpoint, recipe
+
+
+def check_batches(recipe, images, world):
+    """Raises: InputError."""
+    if recipe.batch_size > images:
+        raise InputError(f"--batch-size {recipe.batch_size} is more than the {images:,} images to "
+                         "train on: choose a smaller one")
+    if recipe.batch_size % (recipe.micro_batch * world):
+        raise InputError(f"--batch-size {recipe.batch_size} is no multiple of --micro-batch "
+                         f"{recipe.micro_batch} in each of {world} processes")
+
+
+def run_training(args, given, machine):
+    """A new run, or one to resume: what can be wrong is found before anything is written."""
+    checkpoint, recipe = NO_CHECKPOINT, None
     if args.resume:
-        optimizer.load_state_dict(args.found["optimizer"])
-        rows = args.found["history"]
-    new = (f"runs/{args.train}-{args.model}-{n}" for n in range(1, 10_000))
-    out = Path(args.out or next(path for path in new if not os.path.exists(path)))
-    if args.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    print(f"{args.train}: {len(samples):,} images to train, {len(tests):,} to test\n"
-          f"{args.model}: {sum(map(torch.numel, model.parameters())):,} parameters, "
-          f"{'bfloat16' if args.bfloat16 else 'float32'} on {args.world} x {args.device}\n"
-          f"{args.epochs} epochs of {steps} steps, batch {args.batch_size}, lr {args.lr:g}, "
-          f"into {out}/\nflags: --model --float32 --device --epochs --batch-size --lr --out")
-
-    def save():
-        if args.rank == 0:
-            file, table = io.BytesIO(), "epoch,step,loss,test_accuracy,seconds\n"
-            table += "".join(",".join(map(str, row)) + "\n" for row in rows)
-            torch.save({
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "config": asdict(model.config), "recipe": args.recipe, "history": rows,
-                "epoch": len(rows), "classes": classes, "mean": data.normalise.mean,
-                "std": data.normalise.std}, file)
-            write_atomically(out / "metrics.csv", table.encode())
-            write_atomically(out / "last.pt", file.getvalue())
-
-    def test_and_save():
-        rows[-1][3] = evaluate(model, test, args)
-        print(f"epoch {len(rows)}/{args.epochs}  test accuracy {rows[-1][3]:.2%}")
-        save()
-
-    if rows and rows[-1][3] is None:
-        test_and_save()
-    for done in range(len(rows) * steps, end):
-        epoch, step = divmod(done, steps)
-        if step == 0:
-            torch.manual_seed(hash((args.seed, epoch)))
-            order = torch.randperm(len(samples))[:steps * args.batch_size]
-            parts = order.view(steps * args.parts, -1).tolist()  # a row, a part
-            parts = [(hash((args.seed, epoch, i)), part) for i, part in enumerate(parts)]
-            parts = parts[args.rank::args.world]
-            batches = iter(DataLoader(data, None, sampler=parts, num_workers=args.workers))
-            began = shown = time.monotonic()
-            total = torch.zeros((), device=args.device)
-            model.train()
-        rate = learning_rate(done, steps=end, warmup=args.warmup, peak=args.lr, floor=args.floor)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
-        for part in range(args.rank, args.parts, args.world):
-            images, labels = (t.to(args.device) for t in next(batches))
-            torch.manual_seed(hash((args.seed, epoch, step, part)))  # mixing, drop path
-            images, labels = mix(images, labels) if done < mixed_steps else (images, labels)
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16):
-                loss = F.cross_entropy(forward(images), labels, label_smoothing=0.1)
-            (loss * args.world / args.parts).backward()  # DDP divides by world
-            total += loss.detach() / args.parts
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        if time.monotonic() - shown > 10 or step == steps - 1:
-            if not (total + norm).isfinite():
-                raise InputError(f"epoch {epoch + 1}: loss not finite; try --lr below {args.lr:g}")
-            shown = time.monotonic()
-            speed = (step + 1) / (shown - began)
-            print(f"epoch {epoch + 1}/{args.epochs}  step {step + 1}/{steps}  loss {loss:.3f}  "
-                  f"{speed * args.batch_size:,.0f} images/s  {(end - done - 1) / speed:.0f} s left")
-        if step == steps - 1:
-            if args.world > 1:
-                dist.all_reduce(total)
-            rows.append([epoch + 1, done + 1, total.item() / steps, None, shown - began])
-            save()  # the test may fail
-            test_and_save()
+        checkpoint, recipe = load_run(args.out, given | {"data": args.train})
+    elif args.checkpoint:
+        checkpoint = load_checkpoint(args.checkpoint)
+    train_images, classes = load_data(machine, args.train, args.data, "train")
+    test_images, test_classes = load_data(machine, args.train, args.data, "test")
+    if classes != test_classes:
+        name = min({*classes} ^ {*test_classes})
+        raise InputError(f"--data {args.data}: class {name} is in train/ or in val/, not in both")
+    weights, new_head = checkpoint["model"], False
+    if weights:
+        known = checkpoint["classes"] or range(len(weights.get("head.bias", ())))
+        new_head = known != classes if checkpoint["classes"] else len(known) != len(classes)
+    if recipe is None:
+        name = given.pop("model", checkpoint["recipe"].get("model")) or default_model(
+            args.train, machine.device)
+        given.setdefault("dtype", dtype_for("auto", machine.device))
+        recipe = recipe_for(args.train, name, given, world=machine.world,
+                            fine_tuning=bool(weights), new_head=new_head)
+    check_batches(recipe, len(train_images), machine.world)
+    torch.manual_seed(recipe.seed)
+    model = make_model(recipe.model, checkpoint, args.train, classes)
+    if weights:
+        load_weights(model, weights if args.resume else adapted(weights, model, not new_head),
+                     args.out if args.resume else args.checkpoint)
+    model.to(machine.device)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # as its gradients are laid out: DDP wants the same
+            module.to(memory_format=torch.channels_last)
+    folder = Path(args.out) if args.resume else machine.first(take_folder, args.out, args.train)
+    machine.say(
+        f"{args.train}: {len(train_images):,} images to train on, {len(test_images):,} to test, "
+        f"{len(classes)} classes\n"
+        f"{recipe.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{recipe.dtype} on {machine.world} x {machine.device.type}\n"
+        f"{recipe.epochs} epochs of {len(train_images) // recipe.batch_size} updates, --batch-size "
+        f"{recipe.batch_size} --micro-batch {recipe.micro_batch} --lr {recipe.lr:g}, into {folder}/")
+    if new_head:
+        machine.say(f"head: {len(known)} -> {len(classes)} classes, starts anew")
+    program = "python" if machine.world == 1 else f"torchrun --nproc-per-node {machine.world}"
+    where = "" if args.train == "shapes" else f" --data {args.data}"
+    try:
+        train(model, train_images, test_images, classes, recipe, machine, folder,
+              checkpoint if args.resume else None, args.compile)
+    except KeyboardInterrupt:
+        hint = "no epoch had ended, so nothing is saved"
+        if (folder / "last.pt").exists():
+            hint = f"go on: {program} dat.py --train {args.train}{where} --resume --out {folder}"
+        raise KeyboardInterrupt(hint) from None
+    machine.say(f"the end: {folder}/last.pt\ntest it again: "
+                f"{program} dat.py --eval {args.train}{where} --checkpoint {folder}/last.pt")
 
 
-# ======== 10. command line
+def whole_number(text, least=1):
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, not {text!r}")
+    return int(text)
+
+
 def read_flags(arguments):
-    """Each setting: the resumed run's (flags must agree), or a flag, or RECIPES."""
-    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    """The flags, and a dict of those that were given of a recipe. A mistake ends the program."""
     parser = argparse.ArgumentParser("dat.py", usage=argparse.SUPPRESS, description=(
-        "Without data: python dat.py --train shapes"))
+        "Train or test a Vision Transformer with Deformable Attention. Without any data: "
+        "python dat.py --train shapes"))
     flag, task = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--train", choices=DATA)
-    task.add_argument("--eval", choices=DATA, help="print the test accuracy of --checkpoint")
-    flag("--checkpoint", help="to evaluate or start from: last.pt or the authors'")
-    flag("--data", default="data", help="folder of CIFAR, or of train/ and val/")
-    flag("--out")
-    flag("--resume", action="store_true", help="continue the run in --out")
-    flag("--model", choices=VARIANTS)
-    flag("--device", choices=("cpu", "cuda")[:1 + cuda], default="cuda" if cuda else "cpu")
-    flag("--float32", action="store_true", default=None)
-    flag("--compile", action="store_true")
-    flag("--workers", type=int, default=os.cpu_count() // world if cuda else 0)
-    for name in ("--epochs", "--batch-size", "--accumulate", "--seed"):
-        flag(name, type=int)
-    flag("--lr", type=float)
+    task.add_argument("--train", choices=DATA, help="data to train on")
+    task.add_argument("--eval", choices=DATA, help="data to test --checkpoint on")
+    flag("--data", default="data", help="folder of CIFAR, or of train/<class>/ and val/<class>/")
+    flag("--checkpoint", help="weights to test or to start from: last.pt, or the authors' file")
+    flag("--out", help="folder of the run; default: runs/<data>-<n>")
+    flag("--resume", action="store_true", help="go on with the run in --out")
+    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    flag("--workers", type=lambda text: whole_number(text, 0),
+         help="processes that load images; default: the processors with a GPU, else 0")
+    flag("--compile", action="store_true", help="use torch.compile")
+    own = {"default": argparse.SUPPRESS}  # then a flag that is not given leaves no value
+    flag("--model", choices=VARIANTS, help="default: what suits the data", **own)
+    flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
+         help="type of autocast; auto: what the hardware multiplies fast", **own)
+    flag("--epochs", type=whole_number, help="times that all images are seen", **own)
+    flag("--batch-size", type=whole_number, help="images an update, in all processes", **own)
+    flag("--micro-batch", type=whole_number, help="images at once: fewer need less memory", **own)
+    flag("--lr", type=float, help="highest learning rate", **own)
+    flag("--seed", type=whole_number, help="of all that is random; default: 0", **own)
     args = parser.parse_args(arguments or ["--help"])
-    typed = {name: value for name, value in vars(args).items() if value is not None}
-    for name in ("epochs", "batch_size", "accumulate", "lr"):
-        if not 0 < typed.get(name, 1) < math.inf:
-            parser.error(f"{name} {typed[name]} is not above 0")
-    if (args.workers < 0 or args.eval and not args.checkpoint
-            or args.resume and not (args.train and args.out)):
-        parser.error("--workers from 0; --eval needs --checkpoint, --resume --train and --out")
-    if args.out and not args.resume and any(Path(args.out).glob("*")):
-        parser.error(f"--out {args.out} is not empty: choose another, or --resume a run")
-
-    path = Path(args.out, "last.pt") if args.resume else args.checkpoint
-    found = load_checkpoint(path) if path else {}
-    saved, data = found.get("recipe", {}), (args.train or args.eval).rstrip("10")
-    photos = data == "imagenet"
-    small = "cifar" if args.device == "cuda" else "cifar-nano"
-    model = args.model or saved.get("model", "dat-t" if photos else small)
-    kind = "fine-tuning" if args.checkpoint else model.removesuffix("-384")
-    recipe = dict(zip(SETTINGS, RECIPES.get(f"{data} {kind}", RECIPES[data])), model=model, seed=0,
-                  train=args.train, checkpoint=args.checkpoint, accumulate=1,
-                  float32=bool(args.eval and saved.get("float32")),
-                  parts=world * (args.accumulate or 1))
-    if photos:
-        recipe["lr"] *= typed.get("batch_size", recipe["batch_size"]) / recipe["batch_size"]
-    recipe = saved if args.resume else recipe | {k: v for k, v in typed.items() if k in recipe}
-    for name in recipe.keys() & typed.keys():
-        if typed[name] != recipe[name]:
-            parser.error(f"{path} has {name} {recipe[name]}, not {typed[name]}: omit it")
-    config = found["config"] if saved.get("model") == model else VARIANTS[model]
-    return argparse.Namespace(**vars(args) | recipe, recipe=recipe, found=found, config=config,
-                              photos=photos, world=world, rank=int(os.environ.get("RANK", 0)),
-                              bfloat16=has_bfloat16(args.device) and not recipe["float32"])
+    names = ("model", "dtype", "epochs", "batch_size", "micro_batch", "lr", "seed")
+    given = {name: value for name, value in vars(args).items() if name in names}
+    if given.get("dtype") == "auto":
+        del given["dtype"]
+    if not 0 < given.get("lr", 1) < math.inf:
+        parser.error(f"--lr {given['lr']}: expected a number above 0")
+    if args.eval and not args.checkpoint:
+        parser.error("--eval needs --checkpoint")
+    if args.resume and (not args.train or not args.out or args.checkpoint):
+        parser.error("--resume needs --train and --out, and takes no --checkpoint")
+    return args, given
 
 
 def main(arguments=None):
-    """Returns the exit code: 0, or 2 for a caller's mistake."""
+    """Returns the exit code: 0, 2 for a caller's mistake, 130 after Ctrl-C."""
+    args, given = read_flags(sys.argv[1:] if arguments is None else arguments)
     try:
-        args = read_flags(sys.argv[1:] if arguments is None else arguments)
-        if args.world > 1:
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
-            try:
-                if args.rank == 0:
-                    load_dataset(args.train or args.eval, args.data, bool(args.train))  # downloads
-            finally:
-                dist.barrier()
-            sys.stdout = open(os.devnull, "w") if args.rank else sys.stdout
-        if args.train:
-            train(args)
-        else:
-            samples, classes = load_dataset(args.eval, args.data, False)
-            model = load_model(args, classes)
-            test = Parts(args.eval, samples, model.config.image_size, None)
-            print(f"test accuracy {evaluate(model, test, args):.2%}")
+        run = run_training if args.train else run_evaluation
+        run(args, given, start_machine(args))
         return 0
-    except (InputError, OSError) as error:  # a loader's process adds text before ours
-        message = " ".join(str(error).split("InputError: ")[-1].split())
+    except KeyboardInterrupt as stop:
+        print(f"dat.py: stopped; {stop}", file=sys.stderr)
+        return 130
+    except (InputError, OSError) as error:
+        # What a loader's process raises comes with a traceback before our words.
+        message = " ".join(str(error).rpartition("InputError: ")[2].split())
         print(f"dat.py: {message:.400}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
-            gc.collect()  # frees DDP before its group
+            gc.collect()  # frees DistributedDataParallel before its processes part
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
     sys.exit(main())
