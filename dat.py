@@ -38,16 +38,19 @@ Departures from the paper [P] and from the authors' code, release 566a593 [R]:
 """
 import argparse
 import gc
-import hashlib
 import io
 import math
 import os
 import pickle
+import random
 import re
+import shlex
 import sys
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -87,23 +90,6 @@ def position_table(*shape):
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.01))  # [D7]
 
 
-def is_count(value):
-    return isinstance(value, Integral) and value >= 1
-
-
-def is_size(value):
-    return is_count(value) or isinstance(value, tuple) and [*map(is_count, value)] == [True, True]
-
-
-COUNT = ("a whole number, 1 or more", is_count)
-SIZE = ("a whole number, or (height, width)", is_size)
-ABOVE_0 = ("a number above 0", lambda value: isinstance(value, Real) and 0 < value < math.inf)
-RULES = {  # of a field: what to expect, and the test of a value
-    "dim": COUNT, "heads": COUNT, "groups": COUNT, "stride": COUNT, "window": COUNT,
-    "patch": COUNT, "classes": COUNT, "size": SIZE, "image_size": SIZE, "offset_range": ABOVE_0,
-    "mlp_ratio": ABOVE_0,
-    "kernel": ("an odd number, so that it has a centre", lambda k: is_count(k) and k % 2 == 1),
-    "drop_path": ("a number from 0 to below 1", lambda p: isinstance(p, Real) and 0 <= p < 1)}
 CHOICES = {"geometry": ("paper", "release"), "position": ("relative", "fixed", "none"),
            "stem": ("patch", "conv"), "offsets": (True, False)}
 
@@ -111,23 +97,37 @@ CHOICES = {"geometry": ("paper", "release"), "position": ("relative", "fixed", "
 def check(**values):
     """Raises ValueError for values that no network can have. Each is known by its name."""
     for name, value in values.items():
-        if name in RULES and not RULES[name][1](value):
-            raise ValueError(f"{name}={value!r}: expected {RULES[name][0]}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise ValueError(f"{name}={value!r}: expected one of {CHOICES[name]}")
-    if "dim" in values and values["dim"] % values["heads"]:
+        number = value if isinstance(value, Real) else math.nan  # NaN fails every comparison
+        if name in CHOICES:
+            fits, expected = value in CHOICES[name], f"one of {CHOICES[name]}"
+        elif name in ("offset_range", "mlp_ratio"):
+            fits, expected = 0 < number < math.inf, "a number above 0"
+        elif name == "drop_path":
+            fits, expected = 0 <= number < 1, "a number from 0 to below 1"
+        else:
+            fits, expected = isinstance(value, Integral) and value >= 1, "a whole number above 0"
+        if not fits:
+            raise ValueError(f"{name}={value!r}: expected {expected}")
+    if "kernel" in values and values["kernel"] % 2 == 0:
+        raise ValueError(f"kernel={values['kernel']} is even: a kernel needs a centre")
+    if "heads" in values and values["dim"] % values["heads"]:
         raise ValueError(f"dim={values['dim']} is not divisible by heads={values['heads']}")
     if "groups" in values and values["heads"] % values["groups"]:
         raise ValueError(f"groups={values['groups']} does not divide heads={values['heads']}")
 
 
+def height_and_width(**size):
+    """(H, W) of a named size: one number, or two. Raises: ValueError."""
+    (name, value), = size.items()
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(n, Integral) and n >= 1 for n in pair):
+        raise ValueError(f"{name}={value!r}: expected a whole number above 0, or (height, width)")
+    return pair
+
+
 # ======== 2. coordinates and sampling (Sec. 3.2, Eq. 8)
 def ceil_div(a, b):
     return -(-a // b)
-
-
-def height_and_width(size):
-    return size if isinstance(size, tuple) else (size, size)
 
 
 def reference_coordinates(count, length, geometry, like):
@@ -203,9 +203,9 @@ class DeformableAttention(nn.Module):
     def __init__(self, *, dim, heads, groups, size, stride=1, kernel=5, offset_range=2.0,
                  geometry="paper", offsets=True, position="relative"):
         super().__init__()
-        check(dim=dim, heads=heads, groups=groups, size=size, stride=stride, kernel=kernel,
+        check(dim=dim, heads=heads, groups=groups, stride=stride, kernel=kernel,
               offset_range=offset_range, geometry=geometry, offsets=offsets, position=position)
-        H, W = height_and_width(size)
+        H, W = height_and_width(size=size)
         self.heads, self.groups, self.stride = heads, groups, stride
         self.offset_range, self.geometry, self.position = offset_range, geometry, position
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
@@ -372,7 +372,9 @@ class StageConfig:
             raise ValueError(f"blocks={self.blocks!r}: expected letters L, S and D")
         if "D" not in self.blocks and self.groups is not None:
             raise ValueError(f"groups={self.groups!r}: expected None, as blocks has no D")
-        check(**vars(self) | {"groups": self.groups if "D" in self.blocks else 1})
+        check(dim=self.dim, heads=self.heads, groups=self.groups if "D" in self.blocks else 1,
+              window=self.window, stride=self.stride, kernel=self.kernel,
+              offset_range=self.offset_range)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,9 +398,12 @@ class DATConfig:
         # A configuration from a file has dicts for stages, and may have lists for tuples.
         stages = tuple(StageConfig(**s) if isinstance(s, dict) else s for s in self.stages)
         size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
-        object.__setattr__(self, "stages", stages)  # frozen
+        object.__setattr__(self, "stages", stages)  # as the dataclass is frozen
         object.__setattr__(self, "image_size", size)
-        check(**vars(self))
+        height_and_width(image_size=size)
+        check(patch=self.patch, stem=self.stem, classes=self.classes, mlp_ratio=self.mlp_ratio,
+              drop_path=self.drop_path, geometry=self.geometry, offsets=self.offsets,
+              position=self.position)
         if self.stem == "conv" and self.patch not in (1, 2, 4):
             raise ValueError(f"patch={self.patch}: expected 1, 2 or 4 with stem='conv'")
         if min(stage.dim for stage in stages) * self.mlp_ratio < 1:
@@ -406,7 +411,7 @@ class DATConfig:
 
     def map_sizes(self):
         """(H, W) of the map of each stage, for an image of `image_size`."""
-        H, W = height_and_width(self.image_size)
+        H, W = height_and_width(image_size=self.image_size)
         cells = [self.patch * 2 ** i for i in range(len(self.stages))]  # image px per map px
         return [(ceil_div(H, cell), ceil_div(W, cell)) for cell in cells]
 
@@ -453,9 +458,18 @@ class Projection(nn.Module):
 class Block(nn.Module):
     """z' = attention(LN(z)) + z, z'' = MLP(LN(z')) + z', each branch with drop path at `rate`.
     Paper: Eq. 4 and 5. Shape: (B, H, W, C) -> the same."""
-    def __init__(self, attention, dim, hidden, rate):
+    def __init__(self, config, stage, size, letter, rate):
         super().__init__()
-        self.attention, self.rate = attention, rate
+        dim, hidden, self.rate = stage.dim, int(stage.dim * config.mlp_ratio), rate
+        if letter == "D":
+            self.attention = DeformableAttention(
+                dim=dim, heads=stage.heads, groups=stage.groups, size=size, stride=stage.stride,
+                kernel=stage.kernel, offset_range=stage.offset_range, geometry=config.geometry,
+                offsets=config.offsets, position=config.position)
+        else:
+            shift = ceil_div(stage.window, 2) if letter == "S" else 0
+            self.attention = WindowAttention(
+                dim=dim, heads=stage.heads, window=stage.window, shift=shift)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.mlp = nn.ModuleDict({
             "expand": nn.Linear(dim, hidden), "contract": nn.Linear(hidden, dim)})
@@ -489,24 +503,11 @@ class DAT(nn.Module):
             if i > 0:
                 kernel = 2 if config.stem == "patch" else 3
                 down = Projection(dim, stage.dim, kernel=kernel, stride=2, bias=False)
-            dim = stage.dim
-            hidden = int(dim * config.mlp_ratio)
-            blocks = [Block(self.attention(letter, stage, size), dim, hidden, next(rates))
-                      for letter in stage.blocks]
+            blocks = [Block(config, stage, size, letter, next(rates)) for letter in stage.blocks]
             self.stages.append(nn.Sequential(OrderedDict(down=down, blocks=nn.Sequential(*blocks))))
+            dim = stage.dim
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, config.classes)
-
-    def attention(self, letter, stage, size):
-        """The attention of a block L, S or D, for maps of `size`."""
-        if letter == "D":
-            return DeformableAttention(
-                dim=stage.dim, heads=stage.heads, groups=stage.groups, size=size,
-                stride=stage.stride, kernel=stage.kernel, offset_range=stage.offset_range,
-                geometry=self.config.geometry, offsets=self.config.offsets,
-                position=self.config.position)
-        shift = ceil_div(stage.window, 2) if letter == "S" else 0
-        return WindowAttention(dim=stage.dim, heads=stage.heads, window=stage.window, shift=shift)
 
     def embed(self, images):
         """Patch embedding: images (B, 3, H, W) -> (B, ceil(H / patch), ceil(W / patch), C)."""
@@ -620,10 +621,14 @@ class InputError(ValueError):
     """A caller's mistake, in one line: what was expected, what came, what to do."""
 
 
+def expect(condition, otherwise):
+    if not condition:
+        raise InputError(otherwise)
+
+
 def seed_of(*place):
     """A seed for each place in a run, such as ("image", seed, 17)."""
-    digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+    return random.Random(repr(place)).getrandbits(63)
 
 
 def make_shapes(count, *, seed, side=32):
@@ -677,8 +682,8 @@ def read_image(path):
         image.load()
     except Exception as error:  # Pillow raises many kinds, all about this file
         raise InputError(f"{path} cannot be read as an image: {error}") from None
-    if image.mode.startswith(("I", "F")):  # convert("RGB") would clip these to white
-        raise InputError(f"{path} has pixels of mode {image.mode}: expected 8 bits a channel")
+    expect(not image.mode.startswith(("I", "F")),  # convert("RGB") would clip these to white
+           f"{path} has pixels of mode {image.mode}: expected 8 bits a channel; convert it")
     if "A" in image.getbands() or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -686,26 +691,26 @@ def read_image(path):
 
 
 def load_folder(root):
-    """(path, label) of the images root/<class>/.., and class names. Hidden files and folders, such
+    """(path, label) of all images root/<class>/.., and class names. Hidden files and folders, such
     as .ipynb_checkpoints, are left out. Raises: InputError."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     def is_image(path):
-        hidden = any(name.startswith(".") for name in Path(path).relative_to(root).parts)
-        return not hidden and path.lower().endswith(IMG_EXTENSIONS)
+        names = Path(path).relative_to(root).parts
+        return path.lower().endswith(IMG_EXTENSIONS) and not any(n.startswith(".") for n in names)
 
     try:
-        folders = [path.name for path in root.iterdir() if path.is_dir()]
-        classes = sorted(name for name in folders if not name.startswith("."))
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+        classes = tuple(name for name in folders if not name.startswith("."))
         labels = {name: label for label, name in enumerate(classes)}
-        return make_dataset(str(root), labels, is_valid_file=is_image), tuple(classes)
+        return make_dataset(str(root), labels, is_valid_file=is_image), classes
     except (OSError, ValueError) as error:
         raise InputError(f"--data: expected images in {root}/<class>/, but: {error}") from None
 
 
 def load_dataset(name, root, split):
-    """(image, label) pairs of `split` "train" or "test", and the class names. Images are uint8
-    (3, 32, 32), or paths of files. Raises: InputError."""
+    """(image, label) pairs of `split` "train" or "test", and class names. Images are uint8
+    (3, 32, 32), or for imagenet paths of files. Raises: InputError."""
     if name == "shapes":
         count, seed = {"train": (10_000, 1), "test": (2_000, 0)}[split]
         images, labels, _ = make_shapes(count, seed=seed)
@@ -725,17 +730,19 @@ def load_dataset(name, root, split):
 
 def mean_and_std(data):
     """How images are normalised, for each channel: ImageNet's figures, or simple ones."""
-    if data == "imagenet":
-        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return imagenet if data == "imagenet" else ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def normalise(image, mean, std):
+    return (image / 255 - mean) / std
 
 
 def transform_for(data, size, augment):
-    """From an image (a path if imagenet) to the network's input (3, size, size). `augment`: "none"
-    for tests, "light" for crop and flip, "strong" for RandAugment and random erasing as well."""
+    """From an image to the network's input (3, size, size). `augment`: "none" for tests, "light"
+    for crop and flip, "strong" for RandAugment and random erasing as well."""
     from torchvision.transforms import InterpolationMode, v2
-    bicubic = InterpolationMode.BICUBIC
-    steps = [read_image] if data == "imagenet" else []
+    bicubic, steps = InterpolationMode.BICUBIC, [read_image] if data == "imagenet" else []
     if data == "imagenet" and augment == "none":  # from a square of 256 px for 224, 438 for 384
         steps += [v2.Resize((size * 256 // 224,) * 2, bicubic), v2.CenterCrop(size)]
     elif data == "imagenet":
@@ -744,8 +751,10 @@ def transform_for(data, size, augment):
         steps += [v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
     if augment == "strong":  # strength 9 of 0 to 10
         steps += [v2.RandAugment(num_ops=2, magnitude=9, num_magnitude_bins=11)]
-    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-              v2.Normalize(*mean_and_std(data))]
+    if data == "imagenet":
+        steps += [v2.PILToTensor()]
+    mean, std = (torch.tensor(values)[:, None, None] for values in mean_and_std(data))
+    steps += [partial(normalise, mean=mean, std=std)]
     if augment == "strong":
         steps += [v2.RandomErasing(0.25, value="random")]
     return v2.Compose(steps)
@@ -772,50 +781,50 @@ class Recipe:
     """All that decides the result of a run. It is saved with the weights."""
     data: str
     model: str  # a name in VARIANTS
+    dtype: str  # "float32", or of autocast "bfloat16" or "float16"
     epochs: int
     batch_size: int  # images an update, in all processes together
     micro_batch: int  # images at once in one process
     lr: float  # the highest learning rate
-    warmup: float  # share of the updates in which the rate rises
-    floor: float  # the last rate, as a share of the highest
-    clip: float  # largest norm of the gradient
-    weight_decay: float
-    augment: str  # see transform_for
-    mixed: float  # share of the updates with MixUp or CutMix
-    dtype: str  # "float32", or of autocast "bfloat16" or "float16"
+    warmup: float = 20 / 300  # share of the updates in which the rate rises
+    floor: float = 0.01  # the last rate, as a share of the highest
+    clip: float = 5.0  # largest norm of the gradient
+    weight_decay: float = 0.05
+    augment: str = "strong"  # see transform_for
+    mixed: float = 0.9  # share of the updates with MixUp or CutMix
     seed: int = 0
 
 
 def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False):
     """The recipe for `data`; the dict `given` has the values that the user chose. For imagenet it
     is the authors' recipe, whose rate is meant for 512 images and grows with the batch."""
-    recipe = {"epochs": 300, "batch_size": 1024, "lr": 5e-4, "warmup": 20 / 300, "floor": 0.01,
-              "clip": 5.0, "weight_decay": 0.05}
     if data == "shapes":
-        recipe |= {"epochs": 4, "batch_size": 64, "lr": 3e-3, "warmup": 0.25}
+        recipe = {"epochs": 4, "batch_size": 64, "lr": 3e-3, "warmup": 0.25}
     elif data != "imagenet" and model == "cifar":
-        recipe |= {"epochs": 300, "batch_size": 256, "lr": 1e-3, "warmup": 0.05}
+        recipe = {"epochs": 300, "batch_size": 256, "lr": 1e-3, "warmup": 0.05}
     elif data != "imagenet":
-        recipe |= {"epochs": 6, "batch_size": 128, "lr": 2e-3, "warmup": 0.05}
-    elif fine_tuning and new_head:  # own classes: not the authors'
-        recipe |= {"epochs": 30, "batch_size": 64, "lr": 1e-3}
+        recipe = {"epochs": 6, "batch_size": 128, "lr": 2e-3, "warmup": 0.05}
+    elif new_head:  # own classes: not the authors'
+        recipe = {"epochs": 30, "batch_size": 64, "lr": 1e-3}
     elif fine_tuning:
-        recipe |= {"epochs": 30, "batch_size": 512, "lr": 2e-6, "warmup": 0.0, "floor": 0.05,
-                   "weight_decay": 1e-8}
+        recipe = {"epochs": 30, "batch_size": 512, "lr": 2e-6, "warmup": 0.0, "floor": 0.05,
+                  "weight_decay": 1e-8}
     elif model.startswith("dat-b"):
-        recipe |= {"lr": 4e-4, "warmup": 50 / 300, "floor": 1 / 80, "clip": 1.0}
+        recipe = {"epochs": 300, "batch_size": 1024, "lr": 4e-4, "warmup": 50 / 300,
+                  "floor": 1 / 80, "clip": 1.0}
+    else:
+        recipe = {"epochs": 300, "batch_size": 1024, "lr": 5e-4}
     recipe |= given
     if data == "imagenet" and "lr" not in given:
         recipe["lr"] *= recipe["batch_size"] / 512
+    if data != "imagenet":  # short runs are worse with more: lab/RESULTS.md
+        recipe["augment"] = "strong" if recipe["epochs"] >= 60 else "light"
+        recipe["mixed"] = 0.9 if recipe["epochs"] >= 100 else 0.0
     if "micro_batch" not in given:  # the largest that fits memory and suits all processes
         largest = 128 if data == "imagenet" else 1024
-        recipe["micro_batch"] = max((n for n in range(1, largest + 1)
-                                     if recipe["batch_size"] % (n * world) == 0), default=1)
-    # On CIFAR-10, short runs were worse with strong augmentation: lab/RESULTS.md.
-    strong = data == "imagenet" or recipe["epochs"] >= 60
-    mixed = data == "imagenet" or recipe["epochs"] >= 100
-    return Recipe(data=data, model=model, augment="strong" if strong else "light",
-                  mixed=0.9 if mixed else 0.0, **recipe)
+        sizes = [n for n in range(1, largest + 1) if recipe["batch_size"] % (n * world) == 0]
+        recipe["micro_batch"] = max(sizes, default=1)
+    return Recipe(data=data, model=model, **recipe)
 
 
 def learning_rate(update, *, updates, peak, warmup, floor):
@@ -866,64 +875,66 @@ def save(folder, model, optimizer, scaler, recipe, history, classes):
     write_atomically(folder / "last.pt", file.getvalue())
 
 
-NO_CHECKPOINT = {"model": None, "config": None, "classes": None, "geometry": None, "recipe": {}}
-
-
 def load_checkpoint(path):
     """What a file of weights holds, a dict. "model": the weights, of last.pt, a state dict or the
     authors' file; if it is last.pt, "config", "classes" and more. Raises: InputError."""
+    expect(Path(path).exists(), f"{path} does not exist: expected a file of weights")
     try:  # the authors' files hold their settings too, as a CfgNode
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: expected a file of weights") from None
     except Exception as error:  # torch.load raises many kinds, all about this file
         raise InputError(f"{path} is damaged, or no file of weights: {error}") from None
-    weights = found.get("model", found) if isinstance(found, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(
-            isinstance(name, str) and torch.is_tensor(w) for name, w in weights.items()):
-        raise InputError(f"{path} holds no weights: expected last.pt of dat.py, or a state dict")
+    weights = found.get("model", found) if isinstance(found, dict) else {}
+    expect(isinstance(weights, dict) and weights and all(
+        isinstance(name, str) and torch.is_tensor(w) for name, w in weights.items()),
+        f"{path} holds no weights: expected last.pt of dat.py, a state dict or the authors' file")
+    checkpoint = {"config": None, "classes": None, "geometry": "paper", "recipe": {}}
     try:
-        checkpoint = NO_CHECKPOINT | {"model": rename_weights(weights)}
         if any("patch_proj." in name for name in weights):
-            return checkpoint | {"geometry": "release"}
-        if "config" not in found:
-            return checkpoint
-        config = DATConfig(**found["config"])
-        return found | checkpoint | {"config": config, "geometry": config.geometry,
-                                     "classes": tuple(found["classes"]), "recipe": found["recipe"]}
+            checkpoint["geometry"] = "release"
+        elif "config" in found:
+            config, classes = DATConfig(**found["config"]), tuple(found["classes"])
+            checkpoint = found | {"config": config, "classes": classes, "geometry": config.geometry}
+        return checkpoint | {"model": rename_weights(weights)}
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} does not hold what dat.py saves: {error}") from None
+        raise InputError(f"{path} does not hold what it should: {error}") from None
 
 
-def load_weights(model, weights, source):
-    """Raises: InputError."""
+def make_model(name, data, classes, checkpoint=None):
+    """A new model for these classes: the variant `name`, or a checkpoint's own form of it."""
+    config = VARIANTS.get(name)
+    if checkpoint and checkpoint["recipe"].get("model") == name:
+        config = checkpoint["config"]
+    size = config.image_size if data == "imagenet" else 32
+    geometry = checkpoint["geometry"] if checkpoint else config.geometry
+    return DAT(replace(config, classes=len(classes), image_size=size, geometry=geometry))
+
+
+def keeps_head(checkpoint, classes):
+    """Whether the last layer of a checkpoint is for these classes: by their names, or, if it has
+    no names, by their number."""
+    if checkpoint["classes"]:
+        return checkpoint["classes"] == classes
+    return len(checkpoint["model"].get("head.bias", ())) == len(classes)
+
+
+def adapt(weights, model, keep_head):
+    """Weights to start from: position tables get the model's sizes [D2]; the head starts anew, as
+    the model has it, unless `keep_head`."""
+    adapted = dict(weights)
+    for name, own in model.state_dict().items():
+        if name.startswith("head.") and not keep_head:
+            adapted[name] = own
+        elif name.endswith("table") and own.ndim == 3 and name in weights:
+            adapted[name] = resize(weights[name], own.shape[1:])
+    return adapted
+
+
+def load_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{source} does not fit --model: {error}") from None
-
-
-def adapted(weights, model, keep_head):
-    """Weights to start from: relative tables resized to the model's [D2]; the head is the
-    model's own, new one unless `keep_head`."""
-    weights = dict(weights)
-    for name, own in model.state_dict().items():
-        if name.startswith("head.") and not keep_head:
-            weights[name] = own
-        elif name.endswith("table") and own.ndim == 3 and name in weights:
-            weights[name] = resize(weights[name], own.shape[1:])
-    return weights
-
-
-def make_model(name, checkpoint, data, classes):
-    """A new model: the variant `name`, or the checkpoint's own form of it."""
-    config = VARIANTS.get(name)
-    if checkpoint["config"] and checkpoint["recipe"].get("model") == name:
-        config = checkpoint["config"]
-    size = config.image_size if data == "imagenet" else 32
-    return DAT(replace(config, classes=len(classes), image_size=size,
-                       geometry=checkpoint["geometry"] or config.geometry))
+        raise InputError(f"{path} does not fit --model: {error}") from None
 
 
 # ======== 10. training
@@ -935,24 +946,8 @@ class Machine:
     world: int = 1  # so many
     workers: int = 0  # processes that load images for this one
 
-    def say(self, text):
-        """Prints a line, once for all processes."""
-        if self.rank == 0:
-            print(text, flush=True)
-
-    def first(self, work, *arguments):
-        """What work(*arguments) returns in process 0; a mistake there is raised in all."""
-        outcome = [None, None]  # result, mistake
-        if self.rank == 0:
-            try:
-                outcome[0] = work(*arguments)
-            except (InputError, OSError) as mistake:
-                outcome[1] = mistake
-        if self.world > 1:
-            dist.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+    def autocast(self, dtype):
+        return torch.autocast(self.device.type, getattr(torch, dtype), dtype != "float32")
 
 
 def micro_batches(count, recipe, machine, first_epoch):
@@ -978,19 +973,21 @@ def test_loader(data, images, size, machine):
 def evaluate(model, tests, dtype, machine):
     """Accuracies from 0 to 1 on the test images of all processes: {"top1": .., "top5": ..}."""
     model.eval()
-    correct, shown = torch.zeros(2, device=machine.device), time.monotonic()
+    correct = torch.zeros(2, dtype=torch.int64, device=machine.device)  # top-1, top-5
+    printed_at = time.monotonic()
     for i, (images, labels) in enumerate(tests):
-        with torch.autocast(machine.device.type, getattr(torch, dtype), dtype != "float32"):
+        with machine.autocast(dtype):
             logits = model(images.to(machine.device))
         best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
         hits = best == labels.to(machine.device)[:, None]
         correct += torch.stack([hits[:, 0].sum(), hits.sum()])
-        if time.monotonic() - shown > 10:
-            shown = time.monotonic()
-            machine.say(f"tested {i + 1:,} of {len(tests):,} batches")
+        if time.monotonic() - printed_at > 10:
+            printed_at = time.monotonic()
+            print(f"tested {(i + 1) / len(tests):.0%} of the images", flush=True)
     if machine.world > 1:
         dist.all_reduce(correct)
-    return dict(zip(("top1", "top5"), (correct / len(tests.dataset)).tolist()))
+    top1, top5 = correct.tolist()
+    return {"top1": top1 / len(tests.dataset), "top5": top5 / len(tests.dataset)}
 
 
 def percent(accuracies, classes):
@@ -998,23 +995,13 @@ def percent(accuracies, classes):
     return f"top-1 {accuracies['top1']:.2%}{top5}"
 
 
-def time_left(done, total, seconds):
-    """h:mm:ss until all is done, if `done` of `total` took `seconds`."""
-    left = round((total - done) * seconds / done)
-    return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-
-
-def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
+def train(model, images, test_images, classes, recipe, machine, folder, resumed, compiles):
     """Trains to the end of the recipe, and saves after each epoch. `resumed`: the checkpoint to
-    go on from, or None."""
+    go on from, or None. Returns a dict for each epoch. Raises: InputError if the loss is NaN."""
     from torchvision.transforms import v2
-    device, size = machine.device, model.config.image_size
-    steps = len(train_images) // recipe.batch_size  # updates an epoch
-    updates = recipe.epochs * steps
-    accumulate = recipe.batch_size // (recipe.micro_batch * machine.world)
+    device, size, history = machine.device, model.config.image_size, []
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "float16")
-    history = []
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
@@ -1022,23 +1009,25 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
     forward = torch.compile(model, fullgraph=True) if compiles else model
     if machine.world > 1:
         forward = nn.parallel.DistributedDataParallel(forward)
-    samples = Samples(train_images, transform_for(recipe.data, size, recipe.augment), recipe.seed)
-    places = micro_batches(len(samples), recipe, machine, len(history))
+    samples = Samples(images, transform_for(recipe.data, size, recipe.augment), recipe.seed)
+    places = micro_batches(len(images), recipe, machine, len(history))
     batches = iter(DataLoader(samples, batch_sampler=places, num_workers=machine.workers))
     tests = test_loader(recipe.data, test_images, size, machine)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(classes)),
                            v2.CutMix(alpha=1.0, num_classes=len(classes))])
+    steps = len(images) // recipe.batch_size  # updates an epoch
+    accumulate = recipe.batch_size // (recipe.micro_batch * machine.world)
     test_cost = len(test_images) / recipe.batch_size / 3  # in updates: it has no backward pass
     first_epoch, start = len(history), time.monotonic()
 
     for epoch in range(first_epoch, recipe.epochs):
         model.train()
-        losses, shown, epoch_start = [], 0, time.monotonic()  # losses: one an update
-        shown_at = epoch_start
+        losses, printed = [], 0  # a loss for each update; how many of them a line has told
+        epoch_start = printed_at = time.monotonic()
         for step in range(steps):
             update = epoch * steps + step
-            rate = learning_rate(update, updates=updates, peak=recipe.lr, warmup=recipe.warmup,
-                                 floor=recipe.floor)
+            rate = learning_rate(update, updates=recipe.epochs * steps, peak=recipe.lr,
+                                 warmup=recipe.warmup, floor=recipe.floor)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
@@ -1047,11 +1036,10 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
                 images, labels = (t.to(device) for t in next(batches))
                 index = i * machine.world + machine.rank  # of the micro-batch in its batch
                 torch.manual_seed(seed_of("update", recipe.seed, update, index))
-                if update < recipe.mixed * updates:
+                if update < recipe.mixed * recipe.epochs * steps:
                     images, labels = mix(images, labels)
                 forward.require_backward_grad_sync = i == accumulate - 1  # DDP: once an update
-                with torch.autocast(device.type, getattr(torch, recipe.dtype),
-                                    recipe.dtype != "float32"):
+                with machine.autocast(recipe.dtype):
                     loss = F.cross_entropy(forward(images), labels, label_smoothing=0.1)
                 scaler.scale(loss / accumulate).backward()
                 losses[-1] += loss.detach() / accumulate
@@ -1060,39 +1048,36 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
             scaler.step(optimizer)
             scaler.update()
 
-            seconds = time.monotonic() - shown_at
-            if seconds > 10:
-                loss = torch.stack(losses[shown:]).mean().item()
-                check_loss(loss, epoch, recipe)
-                speed = (step + 1 - shown) * recipe.batch_size / seconds
+            seconds = time.monotonic() - printed_at
+            if seconds > 10 or step == steps - 1:
+                loss = torch.stack(losses[printed:]).mean().item()
+                finite = all(parameter.isfinite().all() for parameter in model.parameters())
+                expect(finite and math.isfinite(loss), f"epoch {epoch + 1}: the loss is not "
+                                                       f"finite; try --lr below {recipe.lr:g}")
+                speed = (step + 1 - printed) * recipe.batch_size / seconds
                 done = (epoch - first_epoch) * (steps + test_cost) + step + 1
                 total = (recipe.epochs - first_epoch) * (steps + test_cost)
-                machine.say(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{steps}  "
-                            f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  "
-                            f"{time_left(done, total, time.monotonic() - start)} left")
-                shown, shown_at = step + 1, time.monotonic()
+                left = (time.monotonic() - start) * (total - done) / done
+                print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{steps}  "
+                      f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  "
+                      f"{timedelta(seconds=round(left))} left", flush=True)
+                printed, printed_at = step + 1, time.monotonic()
 
-        loss = torch.stack(losses).mean()
+        loss, seconds = torch.stack(losses).mean(), time.monotonic() - epoch_start
         if machine.world > 1:
             dist.all_reduce(loss)
-        loss, seconds = loss.item() / machine.world, time.monotonic() - epoch_start
-        finite = all(parameter.isfinite().all() for parameter in model.parameters())
-        check_loss(loss if finite else math.nan, epoch, recipe)
         accuracies = evaluate(model, tests, recipe.dtype, machine)
-        history.append({"epoch": epoch + 1, "loss": loss, **accuracies, "seconds": seconds})
-        machine.first(save, folder, model, optimizer, scaler, recipe, history, classes)
-        machine.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {loss:.3f}  "
-                    f"test {percent(accuracies, classes)}  in {seconds:.0f} s")
-
-
-def check_loss(loss, epoch, recipe):
-    if not math.isfinite(loss):
-        raise InputError(f"epoch {epoch + 1}: the loss is not finite; try --lr below {recipe.lr:g}")
+        history.append({"epoch": epoch + 1, "loss": loss.item() / machine.world, **accuracies,
+                        "seconds": seconds})
+        if machine.rank == 0:
+            save(folder, model, optimizer, scaler, recipe, history, classes)
+        print(f"epoch {epoch + 1}/{recipe.epochs}  test {percent(accuracies, classes)}", flush=True)
+    return history
 
 
 # ======== 11. command line
 def dtype_for(choice, device):
-    """The type to compute in, by the flag --dtype: "auto" is what the hardware multiplies fast."""
+    """The type to compute in, by the flag --dtype; "auto" is what the hardware multiplies fast."""
     if choice != "auto":
         return choice
     if device.type == "cuda":
@@ -1102,68 +1087,68 @@ def dtype_for(choice, device):
 
 
 def start_machine(args):
-    """The device and processes of this run; joins the processes of torchrun. Raises: InputError."""
+    """The device and the processes of this run; joins those of torchrun. Raises: InputError."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     rank, local_rank, world = 0, 0, 1
     if all(name in os.environ for name in names):  # a cluster may set some of them
         rank, local_rank, world = (int(os.environ[name]) for name in names[:3])
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
             "cpu": True}
-    kind = args.device
-    if kind == "auto":
-        kind = next(name for name in here if here[name])
-    if not here[kind]:
-        raise InputError(f"--device {kind}: PyTorch finds none here; try --device cpu")
-    device, workers = torch.device(kind), 0
+    kind = next(name for name in here if here[name]) if args.device == "auto" else args.device
+    expect(here[kind], f"--device {kind}: PyTorch finds none here; try --device cpu")
+    workers = args.workers or 0
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"process {local_rank} has no GPU: expected at most "
-                             f"{torch.cuda.device_count()} processes (--nproc-per-node)")
+        count = torch.cuda.device_count()
+        expect(local_rank < count, f"process {local_rank + 1} of this machine finds {count} GPUs: "
+                                   "start no more processes (--nproc-per-node)")
         torch.cuda.set_device(local_rank)
-        processors = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-                      else os.cpu_count())
-        workers = processors // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        if args.workers is None:
+            affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+            workers = len(affinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world > 1:
         dist.init_process_group()
-    return Machine(device, rank, world, workers if args.workers is None else args.workers)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # process 0 reports for all
+    return Machine(torch.device(kind), rank, world, workers)
 
 
 def load_data(machine, *what):
-    """load_dataset in each process, after process 0 has downloaded what is missing."""
-    if machine.world > 1:
-        machine.first(lambda: bool(load_dataset(*what)))
-    return load_dataset(*what)
+    """load_dataset, first in process 0, which downloads what is missing."""
+    if machine.rank > 0:
+        dist.barrier()
+    try:
+        return load_dataset(*what)
+    finally:
+        if machine.world > 1 and machine.rank == 0:
+            dist.barrier()
 
 
 def default_model(data, device):
-    if data == "imagenet":
-        return "dat-t"
-    return "cifar" if data != "shapes" and device.type == "cuda" else "cifar-nano"
+    small = "cifar" if device.type == "cuda" else "cifar-nano"
+    return {"imagenet": "dat-t", "shapes": "cifar-nano"}.get(data, small)
 
 
 def run_evaluation(args, given, machine):
     checkpoint = load_checkpoint(args.checkpoint)
     images, classes = load_data(machine, args.eval, args.data, "test")
-    if checkpoint["classes"] not in (None, classes):
-        raise InputError(f"{args.checkpoint} knows other classes than {args.eval} in {args.data}")
+    expect(checkpoint["classes"] in (None, classes),
+           f"{args.checkpoint} is for other classes than those of {args.eval} in {args.data}")
     saved = checkpoint["recipe"]
     name = given.get("model", saved.get("model", default_model(args.eval, machine.device)))
-    model = make_model(name, checkpoint, args.eval, classes).to(machine.device)
+    choice = "float32" if saved.get("dtype") == "float32" else "auto"  # half: as fits the machine
+    dtype = dtype_for(given.get("dtype", choice), machine.device)
+    model = make_model(name, args.eval, classes, checkpoint)
     load_weights(model, checkpoint["model"], args.checkpoint)
-    trained_in_full = saved.get("dtype") == "float32"
-    dtype = given.get("dtype", "float32" if trained_in_full else dtype_for("auto", machine.device))
     tests = test_loader(args.eval, images, model.config.image_size, machine)
-    accuracies = evaluate(model, tests, dtype, machine)
-    machine.say(f"{name} from {args.checkpoint} on {len(images):,} images of {args.eval}, "
-                f"{dtype}: {percent(accuracies, classes)}")
+    accuracies = evaluate(model.to(machine.device), tests, dtype, machine)
+    print(f"{name} of {args.checkpoint} in {dtype} on {len(images):,} images of {args.eval}: "
+          f"{percent(accuracies, classes)}")
 
 
-def take_folder(out, data):
-    """A new folder, --out or runs/<data>-<n>, that no other run can take. Raises: InputError."""
+def new_folder(out, data):
+    """`out`, or the first runs/<data>-<n> that this call makes: no other run can have it too."""
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
-        if any(Path(out).iterdir()):
-            raise InputError(f"--out {out} is not empty: choose another folder, or add --resume")
         return Path(out)
     for n in range(1, 100_000):
         try:
@@ -1176,86 +1161,76 @@ def take_folder(out, data):
 def load_run(folder, given):
     """The checkpoint of a run to resume, and its recipe. Raises: InputError."""
     path = Path(folder, "last.pt")
-    if Path(folder).is_dir() and not path.exists():
-        raise InputError(f"{folder} has nothing saved yet: no epoch had ended; start a new run")
+    expect(path.exists() or not Path(folder).is_dir(),
+           f"{folder}: nothing is saved yet, as no epoch has ended; start a new run")
     checkpoint = load_checkpoint(path)
     try:
         recipe = Recipe(**checkpoint["recipe"])
     except TypeError:
-        raise InputError(f"{path} is no run of this version: start from it with --checkpoint "
-                         "and another --out") from None
+        raise InputError(f"{path} is no run of this version of dat.py: to start from its weights, "
+                         "use --checkpoint") from None
     for name, value in given.items():
-        if value != getattr(recipe, name):
-            flag = name.replace("_", "-")
-            raise InputError(f"{path} was started with --{flag} {getattr(recipe, name)}, not "
-                             f"{value}: omit the flag")
+        flag = "--train" if name == "data" else f"--{name.replace('_', '-')}"
+        expect(value == getattr(recipe, name),
+               f"{path} has {flag} {getattr(recipe, name)}, not {value}: omit the flag")
     return checkpoint, recipe
 
 
-def check_batches(recipe, images, world):
-    """Raises: InputError."""
-    if recipe.batch_size > images:
-        raise InputError(f"--batch-size {recipe.batch_size} is more than the {images:,} images to "
-                         "train on: choose a smaller one")
-    if recipe.batch_size % (recipe.micro_batch * world):
-        raise InputError(f"--batch-size {recipe.batch_size} is no multiple of --micro-batch "
-                         f"{recipe.micro_batch} in each of {world} processes")
-
-
 def run_training(args, given, machine):
-    """A new run, or one to resume: what can be wrong is found before anything is written."""
-    checkpoint, recipe = NO_CHECKPOINT, None
+    """A new run, or one to resume. What can be wrong is found before anything is written."""
+    checkpoint = resumed = None
     if args.resume:
         checkpoint, recipe = load_run(args.out, given | {"data": args.train})
+        resumed = checkpoint
     elif args.checkpoint:
         checkpoint = load_checkpoint(args.checkpoint)
-    train_images, classes = load_data(machine, args.train, args.data, "train")
+    images, classes = load_data(machine, args.train, args.data, "train")
     test_images, test_classes = load_data(machine, args.train, args.data, "test")
-    if classes != test_classes:
-        name = min({*classes} ^ {*test_classes})
-        raise InputError(f"--data {args.data}: class {name} is in train/ or in val/, not in both")
-    weights, new_head = checkpoint["model"], False
-    if weights:
-        known = checkpoint["classes"] or range(len(weights.get("head.bias", ())))
-        new_head = known != classes if checkpoint["classes"] else len(known) != len(classes)
-    if recipe is None:
-        name = given.pop("model", checkpoint["recipe"].get("model")) or default_model(
-            args.train, machine.device)
-        given.setdefault("dtype", dtype_for("auto", machine.device))
-        recipe = recipe_for(args.train, name, given, world=machine.world,
-                            fine_tuning=bool(weights), new_head=new_head)
-    check_batches(recipe, len(train_images), machine.world)
+    expect(classes == test_classes, f"--data {args.data}: train/ and val/ differ in the classes "
+                                    f"{sorted({*classes} ^ {*test_classes})[:3]}")
+    keep_head = checkpoint is None or keeps_head(checkpoint, classes)
+    if not resumed:
+        saved = checkpoint["recipe"] if checkpoint else {}
+        model = given.pop("model", saved.get("model", default_model(args.train, machine.device)))
+        given = {"dtype": dtype_for("auto", machine.device)} | given
+        recipe = recipe_for(args.train, model, given, world=machine.world,
+                            fine_tuning=checkpoint is not None, new_head=not keep_head)
+    batch, pieces = recipe.batch_size, recipe.micro_batch * machine.world
+    expect(batch <= len(images), f"--batch-size {batch} is more than the {len(images):,} images to "
+                                 "train on: choose a smaller one")
+    expect(batch % pieces == 0, f"--batch-size {batch} is no multiple of --micro-batch "
+                                f"{recipe.micro_batch} in each of {machine.world} processes")
     torch.manual_seed(recipe.seed)
-    model = make_model(recipe.model, checkpoint, args.train, classes)
-    if weights:
-        load_weights(model, weights if args.resume else adapted(weights, model, not new_head),
-                     args.out if args.resume else args.checkpoint)
+    model = make_model(recipe.model, args.train, classes, checkpoint)
+    if resumed:
+        load_weights(model, resumed["model"], args.out)
+    elif checkpoint:
+        load_weights(model, adapt(checkpoint["model"], model, keep_head), args.checkpoint)
     model.to(machine.device)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # as its gradients are laid out: DDP wants the same
+        if isinstance(module, nn.Conv2d):  # the layout of its gradients, which DDP wants too
             module.to(memory_format=torch.channels_last)
-    folder = Path(args.out) if args.resume else machine.first(take_folder, args.out, args.train)
-    machine.say(
-        f"{args.train}: {len(train_images):,} images to train on, {len(test_images):,} to test, "
-        f"{len(classes)} classes\n"
-        f"{recipe.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{recipe.dtype} on {machine.world} x {machine.device.type}\n"
-        f"{recipe.epochs} epochs of {len(train_images) // recipe.batch_size} updates, --batch-size "
-        f"{recipe.batch_size} --micro-batch {recipe.micro_batch} --lr {recipe.lr:g}, into {folder}/")
-    if new_head:
-        machine.say(f"head: {len(known)} -> {len(classes)} classes, starts anew")
-    program = "python" if machine.world == 1 else f"torchrun --nproc-per-node {machine.world}"
-    where = "" if args.train == "shapes" else f" --data {args.data}"
+    folder = Path(args.out) if resumed else None
+    if machine.rank == 0 and not resumed:
+        folder = new_folder(args.out, args.train)
+    print(f"{len(images):,} images to train on, {len(test_images):,} to test on; "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters; "
+          f"{machine.world} x {machine.device.type}; into {folder}/\n{recipe}", flush=True)
+    if not keep_head:
+        print(f"head: {len(checkpoint['model'].get('head.bias', ()))} -> {len(classes)} classes, "
+              "starts anew", flush=True)
+    start = ["python"] if machine.world == 1 else ["torchrun", "--nproc-per-node", machine.world]
+    command = shlex.join(map(str, [*start, "dat.py", "--data", args.data]))
     try:
-        train(model, train_images, test_images, classes, recipe, machine, folder,
-              checkpoint if args.resume else None, args.compile)
+        history = train(model, images, test_images, classes, recipe, machine, folder, resumed,
+                        args.compile)
     except KeyboardInterrupt:
-        hint = "no epoch had ended, so nothing is saved"
+        hint = "no epoch had ended: nothing is saved"
         if (folder / "last.pt").exists():
-            hint = f"go on: {program} dat.py --train {args.train}{where} --resume --out {folder}"
+            hint = f"go on with: {command} --train {args.train} --resume --out {folder}"
         raise KeyboardInterrupt(hint) from None
-    machine.say(f"the end: {folder}/last.pt\ntest it again: "
-                f"{program} dat.py --eval {args.train}{where} --checkpoint {folder}/last.pt")
+    print(f"finished: test {percent(history[-1], classes)}, {folder}/last.pt; to test it again:\n"
+          f"{command} --eval {args.train} --checkpoint {folder}/last.pt")
 
 
 def whole_number(text, least=1):
@@ -1300,6 +1275,8 @@ def read_flags(arguments):
         parser.error("--eval needs --checkpoint")
     if args.resume and (not args.train or not args.out or args.checkpoint):
         parser.error("--resume needs --train and --out, and takes no --checkpoint")
+    if args.out and not args.resume and Path(args.out).is_dir() and any(Path(args.out).iterdir()):
+        parser.error(f"--out {args.out} is not empty: choose another folder, or add --resume")
     return args, given
 
 

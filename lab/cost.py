@@ -36,9 +36,9 @@ def main(parser):
     config = dat.VARIANTS[name]
     model, row = dat.DAT(config), "{:9} {:>5} {:>6} {:>7}  {:18} {:>11}".format
     print(row("map", "C", "heads", "groups", "blocks", "parameters"))
-    for stage, (H, W), part in zip(config.stages, config.map_sizes(), model.stages):
+    for stage, (H, W), module in zip(config.stages, config.map_sizes(), model.stages):
         print(row(f"{H} x {W}", stage.dim, stage.heads, stage.groups or "-", stage.blocks,
-                  f"{sum(p.numel() for p in part.parameters()):,}"))
+                  f"{sum(p.numel() for p in module.parameters()):,}"))
     print(f"in all, with stem and head: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{count_macs(config, config.image_size) / 1e9:.2f} G multiply-accumulates "
           f"(paper: {PUBLISHED.get(name, '-')})")

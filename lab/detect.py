@@ -21,12 +21,13 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, make_grid, sa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
-from lab.command import run
+from lab.command import add_device, count, device_for, run
 
 CONFIG = dat.DATConfig(image_size=(96, 128), drop_path=0.1, stages=(
     dat.StageConfig(dim=48, heads=3, blocks="LS", window=4),
     dat.StageConfig(dim=96, heads=6, blocks="LDLD", window=4, groups=3),
     dat.StageConfig(dim=192, heads=12, blocks="LD", window=4, groups=6, kernel=3)))
+SCENES, TEST_SCENES, BATCH = 1024, 256, 16  # an epoch, to test on, a step
 COLOURS = "#0072b2 #e69f00 #009e73 #cc3311 #8e5ea2 #00e0ff".split()  # of the groups
 
 
@@ -35,6 +36,7 @@ class Backbone(nn.Module):
     def __init__(self, model, channels=64):
         super().__init__()
         dims = [stage.dim for stage in model.config.stages[1:]]
+        model.norm = model.head = nn.Identity()  # unused: DDP wants a gradient for each parameter
         self.model, self.out_channels = model, channels
         self.norms = nn.ModuleList(nn.GroupNorm(1, dim) for dim in dims)
         self.pyramid = FeaturePyramidNetwork(dims, channels)
@@ -50,11 +52,13 @@ def make_detector(config):
                 anchor_generator=AnchorGenerator(((3,), (6,)), ((1.0,),) * 2))  # to 24 px, beyond
 
 
-def make_scenes(count, seed, H=96, W=128):
+def make_scenes(number, seed, H=96, W=128):
     """Images (3, H, W) from 0 to 1; targets: boxes (n, 4) as x1 y1 x2 y2 in px, labels (n,)."""
     rng, targets = torch.Generator().manual_seed(seed), []
-    images = F.interpolate(0.5 * torch.rand(count, 3, 6, 8, generator=rng), (H, W), mode="bilinear")
-    kinds = {side: dat.make_shapes(count, seed=seed + side, side=side) for side in (64, 48, 36, 28)}
+    blotches = 0.5 * torch.rand(number, 3, 6, 8, generator=rng)
+    images = F.interpolate(blotches, (H, W), mode="bilinear")
+    kinds = {side: dat.make_shapes(number, seed=seed + side, side=side)
+             for side in (64, 48, 36, 28)}
     for i, image in enumerate(images):
         clutter = torch.rand(20, 4, generator=rng) * torch.tensor([H, W, 9, 9])
         for y, x, height, width in clutter.int().tolist():
@@ -96,7 +100,8 @@ def draw(scenes, targets, found, points):
     for image, target, f in zip(scenes[:6], targets, found):
         picture = F.interpolate((image * 255).byte()[None], scale_factor=4)[0]
         for boxes, colour in (target["boxes"], "white"), (f["boxes"][f["scores"] > 0.3], "yellow"):
-            picture = draw_bounding_boxes(picture, boxes * 4, colors=colour, width=3)
+            if len(boxes):
+                picture = draw_bounding_boxes(picture, boxes * 4, colors=colour, width=3)
         pictures.append(picture)
     for group, colour in zip(points[-1][0] if points else (), COLOURS):
         places = group.flatten(0, 1).flip(1) * 4 + 2  # x, y in px of the picture
@@ -106,42 +111,48 @@ def draw(scenes, targets, found, points):
 
 def main(parser):
     add = parser.add_argument
-    add("--epochs", type=int, default=20, help="of 1,024 scenes")
+    add("--epochs", type=count, default=20, help=f"of {SCENES:,} scenes; default: 20")
     add("--no-offsets", action="store_true", help="points stay on their grid")
     add("--windows", action="store_true", help="S blocks in place of D blocks")
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     args = parser.parse_args()
+    device = device_for(args.device)
+    half = dat.dtype_for("auto", device) == "bfloat16"  # float16 would need a scaler
     stages = [replace(stage, blocks=stage.blocks.replace("D", "S"), groups=None)
               for stage in CONFIG.stages] if args.windows else CONFIG.stages
     torch.manual_seed(args.seed)
     detector = make_detector(replace(CONFIG, stages=stages, offsets=not args.no_offsets))
-    detector = detector.to(args.device)
+    detector = detector.to(device)
     optimizer = torch.optim.AdamW(dat.parameter_groups(detector, 0.05), fused=True)
-    start, steps = time.monotonic(), args.epochs * 64
-    for step in range(steps):
-        if step % 64 == 0:
-            scenes, boxes = make_scenes(1024, 10 ** 6 * (args.seed + 1) + step * 100)
-        images = [image.to(args.device) for image in scenes[step % 64::64]]
-        targets = [{k: v.to(args.device) for k, v in t.items()} for t in boxes[step % 64::64]]
+    start, steps = time.monotonic(), SCENES // BATCH  # of an epoch
+    updates = args.epochs * steps
+    for update in range(updates):
+        step = update % steps
+        if step == 0:
+            scenes, boxes = make_scenes(SCENES, 10 ** 6 * (args.seed + 1) + update * 100)
+        images = [image.to(device) for image in scenes[step::steps]]
+        targets = [{k: v.to(device) for k, v in t.items()} for t in boxes[step::steps]]
         for group in optimizer.param_groups:
-            group["lr"] = dat.learning_rate(step, steps=steps, warmup=0.05, peak=1e-3, floor=0.01)
+            group["lr"] = dat.learning_rate(update, updates=updates, warmup=0.05, peak=1e-3,
+                                            floor=0.01)
         optimizer.zero_grad()
-        with torch.autocast(args.device, torch.bfloat16, enabled=dat.has_bfloat16(args.device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = sum(detector(images, targets).values())
         loss.backward()
         nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
         optimizer.step()
-        if step % 32 == 31:
-            speed = (step + 1) / (time.monotonic() - start)
-            print(f"step {step + 1}/{steps}  loss {loss:.3f}  {speed * 16:.0f} images/s  "
-                  f"{(steps - step - 1) / speed:.0f} s left", flush=True)
-    (scenes, targets), detector = make_scenes(256, 0), detector.cpu().eval()
+        if update % 32 == 31:
+            speed = (update + 1) / (time.monotonic() - start)
+            print(f"step {update + 1}/{updates}  loss {loss:.3f}  {speed * BATCH:.0f} images/s  "
+                  f"{(updates - update - 1) / speed:.0f} s left", flush=True)
+    (scenes, targets), detector = make_scenes(TEST_SCENES, 0), detector.cpu().eval()
     with torch.inference_mode():
         found = [detector([image])[0] for image in scenes]
         points = detector.backbone.model.sampling_points((scenes[0][None] - 0.5) / 0.25)
     print(f"AP50 {average_precision(found, targets):.1%} on {len(scenes)} held-out scenes")
     save_image(draw(scenes, targets, found, points) / 255, "detections.png")
+    print("see detections.png")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,29 @@
 """Draws where a model reads an image: its sampling points, and which of them it attends to.
 
-    python lab/draw.py shapes:7 --checkpoint runs/shapes-cifar-nano-1/last.pt --out points.png
+    python lab/draw.py shapes:7 --checkpoint runs/shapes-1/last.pt --out points.png
 
-IMAGE is a file, scaled to the model's size, or an image of a test set: shapes:3, cifar10:17.
+IMAGE is a file, or an image of a test set: shapes:3, cifar10:17. A file is scaled to the model's
+size, turned as its EXIF data say, and put on white where it is transparent. --checkpoint is last.pt
+of dat.py, the authors' file, or a state dict; the latter two need --model.
 A row is the last deformable block of a resolution with 3 x 3 points or more; at most two rows.
 """
+import argparse
 import io
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
 from lab.command import run
 
+ORIENTATION = ExifTags.Base.Orientation
 GROUPS = "#0072b2 #e69f00 #009e73 #cc3311 #8e5ea2 #7a4a2b #5f6b6d #b0a000".split()
 QUERIES = "#ff1493 #00e0ff #ffe600 #7cff4f".split()
 TITLES = ("points, moved from a uniform grid\n(a colour for each group)",
@@ -32,21 +38,27 @@ def inspect(model: dat.DAT, images: Tensor) -> list[SimpleNamespace]:
     queries (N, 2): where the queries stand;  weights (B, M, N, K): the attention, Eq. 9;
     importance (B, G, K): the attention a key receives, summed over its group's heads and queries.
     Units: coordinates are (y, x) in px of the image."""
-    x, views, config = model.stem(images.permute(0, 2, 3, 1)), [], model.config
+    x, views, config = model.embed(images), [], model.config
     for i, stage in enumerate(model.stages):
         x, cell = stage.down(x), config.patch * 2 ** i  # px of the image per map px
         first = (cell - 1) / 2 if config.stem == "patch" else 0  # px of a map's first pixel
         for block in stage.blocks:
-            attention, z, x = block.attention, block.norm1(x), block(x)
+            attention, z = block.attention, block.norm1(x)
+            x = block(x)
             if not isinstance(attention, dat.DeformableAttention):
                 continue
-            q, k, _, points = attention.project(z)
-            bias, scores = attention.position_bias(points, z.shape[1:3]), q @ k.transpose(2, 3)
-            weights = (scores / q.shape[-1] ** 0.5 + (0 if bias is None else bias)).softmax(dim=-1)
-            reference, queries = (first + cell * torch.cartesian_prod(*(
-                dat.cell_centres(count, length, geometry=attention.geometry, like=points)
-                for count, length in zip(counts, z.shape[1:3])))
-                for counts in (points.shape[2:4], z.shape[1:3]))
+            size, heads = z.shape[1:3], attention.heads
+            q = attention.q(z)
+            points = attention.points(q)  # (B, G, Hk, Wk, 2)
+            k = attention.k(attention.sample(z, points))  # (B, K, C)
+            q, k = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q.flatten(1, 2), k))
+            scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5  # (B, M, N, K)
+            weights = (scores + attention.position_bias(points, size)).softmax(dim=-1)
+            reference, queries = (
+                first + cell * torch.cartesian_prod(*(
+                    dat.reference_coordinates(count, length, attention.geometry, like=points)
+                    for count, length in zip(counts, size)))
+                for counts in (points.shape[2:4], size))
             views.append(SimpleNamespace(
                 reference=reference.view(points.shape[2:]), points=first + cell * points,
                 queries=queries, weights=weights,
@@ -102,47 +114,68 @@ def draw(image: Tensor, views: list[SimpleNamespace], text: str,
 
 
 def load_model(path: str, variant: str) -> tuple[dat.DAT, tuple | None, tuple]:
-    """The model of a checkpoint, its classes if known, and (mean, std). Raises: dat.InputError."""
-    found = dat.load_checkpoint(path)
-    theirs = replace(dat.VARIANTS[variant], geometry="release",
-                     classes=len(found["model"].get("head.bias", "?")))
-    model = dat.DAT(found.get("config", theirs))
+    """The model of a checkpoint, its classes if known, and (mean, std). Raises: dat.InputError.
+    `variant`: the model of a file that holds weights alone."""
+    checkpoint = dat.load_checkpoint(path)
+    weights, config = checkpoint["model"], checkpoint["config"]
+    mean_and_std = checkpoint.get("mean"), checkpoint.get("std")
+    if config is None:
+        config = dat.VARIANTS[variant]
+        config = replace(config, geometry=checkpoint["geometry"] or config.geometry,
+                         classes=len(weights.get("head.bias", ())) or config.classes)
+        mean_and_std = dat.mean_and_std("imagenet" if config.image_size >= 224 else "cifar10")
+    elif checkpoint.get("mean") is None:
+        raise dat.InputError(f"{path} does not hold what dat.py saves: mean and std are missing")
+    model = dat.DAT(config)
     try:
-        model.load_state_dict(found["model"])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise dat.InputError(f"{path} does not fit --model {variant}: {error}") from None
-    statistics = (found["mean"], found["std"]) if "mean" in found else dat.IMAGENET
-    return model.eval(), found.get("classes"), statistics
+    return model.eval(), checkpoint["classes"], mean_and_std
 
 
-def load_image(source: str, data: str, size: int) -> Tensor:
-    """The picture of a file, or of DATA:INDEX, scaled: (3, size, size) uint8. dat.InputError."""
-    from PIL import Image
+def load_photo(path: str) -> Image.Image:
+    """An image file as a viewer shows it. Raises: dat.InputError."""
+    image = dat.read_image(path)  # which ignores the orientation
+    with Image.open(path) as file:
+        file.load()  # may turn the image itself, and then the orientation is gone: TIFF
+        image.getexif()[ORIENTATION] = file.getexif().get(ORIENTATION, 1)
+    return ImageOps.exif_transpose(image)
+
+
+def load_image(source: str, data: str, size: int | tuple[int, int]) -> Tensor:
+    """The picture of a file, or of DATA:INDEX, scaled: (3, H, W) uint8. Raises: dat.InputError."""
     from torchvision.transforms import InterpolationMode as Mode, v2
     name, _, index = source.partition(":")
     if name in ("shapes", "cifar10", "cifar100"):
-        samples = dat.load_dataset(name, data, False)[0]
+        samples = dat.load_dataset(name, data, "test")[0]
         if not index.isdecimal() or not int(index[:10]) < len(samples):
             raise dat.InputError(f"{source}: expected {name}: and 0 to {len(samples) - 1}")
         image = samples[int(index)][0]
     else:
-        try:
-            image = Image.open(source).convert("RGB")
-        except Exception as error:  # of any kind
-            raise dat.InputError(f"{source} cannot be read as an image ({error})") from None
-    return v2.functional.resize(v2.functional.to_image(image), [size] * 2, Mode.BICUBIC)
+        image = v2.functional.to_image(load_photo(source))
+    size = size if isinstance(size, tuple) else (size, size)
+    return v2.functional.resize(image, size, Mode.BICUBIC)
 
 
 def point(text: str) -> tuple[float, float]:
-    y, x = text.split(",")
-    return float(y), float(x)
+    """The type of --query."""
+    try:
+        y, x = map(float, text.split(","))
+    except ValueError:
+        y = x = math.nan
+    if not math.isfinite(y + x):
+        raise argparse.ArgumentTypeError(f"expected Y,X in px of the image, such as 8,20, "
+                                         f"not {text!r}")
+    return y, x
 
 
 def main(parser):
     add = parser.add_argument
     add("image", metavar="IMAGE")
     add("--checkpoint", required=True, metavar="FILE")
-    add("--model", choices=dat.VARIANTS, default="dat-t", help="of the authors' file")
+    add("--model", choices=dat.VARIANTS, default="dat-t",
+        help="of a file that holds weights alone; default: dat-t")
     add("--query", nargs="+", type=point, default=[], metavar="Y,X", help="in px of the image")
     add("--all", action="store_true", help="a row for every deformable block")
     add("--data", metavar="DIR", default="data", help="of CIFAR")

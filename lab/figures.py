@@ -12,6 +12,7 @@ import dat
 from lab.command import run
 
 RED, BLUE, GREEN = "#cc3311", "#0072b2", "#009e73"
+FOLDER = Path(__file__).parents[1] / "figures"
 
 
 def subplots(rows: int, columns: int, size: tuple[float, float], H: int = 0, W: int = 0):
@@ -54,13 +55,13 @@ def geometry():
     figure, axes = subplots(1, 4, (13, 4.4), 6, 6)
     for i, axis in enumerate(axes):
         name, r = ("paper", "release")[i // 2], 1 + i % 2
-        centres = dat.cell_centres(6 // r, 6, geometry=name, like=torch.zeros(()))
-        reach = dat.largest_offset(6 // r, 6, offset_range=2.0, geometry=name)
+        places = dat.reference_coordinates(6 // r, 6, name, like=torch.zeros(()))
+        reach = dat.largest_offset(6 // r, 6, 2.0, name)
         axis.plot(*torch.cartesian_prod(*[torch.arange(6)] * 2).T, ".", color="0.7",
                   label="centres of pixels")
-        axis.plot(*torch.cartesian_prod(centres, centres).T, "o", ms=8, mfc="none", mec=RED,
+        axis.plot(*torch.cartesian_prod(places, places).T, "o", ms=8, mfc="none", mec=RED,
                   mew=1.6, label="reference points")
-        low, high = (centres[3 // r].item() + sign * reach for sign in (-1, 1))
+        low, high = (places[3 // r].item() + sign * reach for sign in (-1, 1))
         axis.fill([low, high, high, low], [low, low, high, high], color=RED, alpha=0.15, lw=0,
                   label="reach of the point in its middle, s = 2")
         axis.set_title(f'"{name}", r = {r}\nup to {reach:.2f} px along each axis', fontsize=11)
@@ -89,7 +90,7 @@ def table():
 def main(parser):
     parser.parse_args()
     for draw in (keys, geometry, table):
-        draw().savefig(Path(__file__).parents[1] / f"figures/{draw.__name__}.png", dpi=80)
+        draw().savefig(FOLDER / f"{draw.__name__}.png", dpi=80)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
     python lab/study.py offsets --epochs 3 --seeds 3
 
 A study changes one field of the model: offsets (the main question), range (s), groups (G),
-position, windows. A run is `dat.py --train shapes` on one thread. The table holds means over the D
-blocks, in %: on, points on the object (the mask's value; off the image 0); on other, the same on
-another image's mask, which a layout blind to the image gets too; att, att other, the same weighted
-by the attention a point receives; outside, points off the image.
+position, windows. A run is `dat.py --train shapes` on one thread. The table holds the accuracy on
+test images, and means over the D blocks, in %: on, points on the object (the mask's value; off the
+image 0); on other, the same on another image's mask, which a layout blind to the image gets too;
+att, att other, the same weighted by the attention a point receives; outside, points off the image.
 """
+import contextlib
+import io
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import mean
 
@@ -18,8 +21,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
-from lab.command import run
+from lab.command import count, run
 from lab.draw import inspect
+
+TEST_IMAGES = 2000
 
 
 def model(dims=(48, 96), blocks="LD/LD", patch=4, offsets=True, position="relative",
@@ -43,36 +48,53 @@ STUDIES = {
 
 @torch.no_grad()
 def measure(network: dat.DAT, images: Tensor, labels: Tensor, masks: Tensor) -> dict[str, float]:
-    """The columns that the docstring above lists."""
-    parts, rows = ((images / 255 - 0.5) / 0.25).split(250), []
-    right = torch.cat([network(x).argmax(1) for x in parts]) == labels
-    for views in zip(*(inspect(network, x) for x in parts)):
+    """The columns that the docstring above lists. Shape: images (n, 3, H, W), masks (n, H, W)."""
+    mean_, std = (torch.tensor(values)[:, None, None] for values in dat.mean_and_std("shapes"))
+    batches = ((images / 255 - mean_) / std).split(250)
+    correct = torch.cat([network(batch).argmax(1) for batch in batches]) == labels
+    edge = torch.tensor(masks.shape[1:]) - 0.5  # (y, x) of the last pixel's far edge
+    blocks = []  # a row of five numbers for each D block
+    for views in zip(*(inspect(network, batch) for batch in batches)):
         points = torch.cat([view.points for view in views]).flatten(1, 3)  # (n, G K, 2)
         weights = torch.cat([view.importance for view in views]).flatten(1)  # (n, G K)
         on = torch.stack([dat.bilinear_sample(mask[:, None].float(), points[:, None]).flatten(1)
                           for mask in (masks, masks.roll(1, 0))])  # (2, n, G K)
-        outside = ((points < -0.5) | (points > 31.5)).any(-1).float().mean()
-        rows.append([*on.mean((1, 2)), *(on * weights).sum((1, 2)) / weights.sum(), outside])
-    found = (torch.tensor(rows).mean(0) * 100).tolist() if rows else [float("nan")] * 5
+        outside = ((points < -0.5) | (points > edge)).any(-1).float().mean()
+        blocks.append([*on.mean((1, 2)), *(on * weights).sum((1, 2)) / weights.sum(), outside])
+    columns = (torch.tensor(blocks).mean(0) * 100).tolist() if blocks else [float("nan")] * 5
     names = "accuracy", "on", "on other", "att", "att other", "outside"
-    return dict(zip(names, [right.float().mean().item() * 100, *found]))
+    return dict(zip(names, [correct.float().mean().item() * 100, *columns]))
+
+
+def train(config, seed, epochs):
+    """A network of `config` after dat.py --train shapes."""
+    dat.VARIANTS["study"], network = config, dat.DAT(config).eval()
+    with tempfile.TemporaryDirectory() as out:
+        with contextlib.redirect_stdout(io.StringIO()):  # it names a folder that does not stay
+            code = dat.main(["--train", "shapes", "--model", "study", "--device", "cpu", "--dtype",
+                             "float32", "--seed", str(seed), "--epochs", str(epochs),
+                             "--out", out])
+        if code:  # dat.py has said why
+            sys.exit(code)
+        network.load_state_dict(dat.load_checkpoint(f"{out}/last.pt")["model"])
+    return network
 
 
 def main(parser):
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--epochs", type=count, default=3)
+    parser.add_argument("--seeds", type=count, default=3, help="how many")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    test, table = dat.make_shapes(2000, seed=0), {}  # the test set of `shapes`
+    test, table = dat.make_shapes(TEST_IMAGES, seed=0), {}  # as the test set of `shapes`
     for seed in range(args.seeds):
         for label, config in STUDIES[args.study].items():
-            dat.VARIANTS["study"], network = config, dat.DAT(config).eval()
-            with tempfile.TemporaryDirectory() as out:
-                dat.main(f"--train shapes --model study --device cpu --float32 --seed {seed} "
-                         f"--epochs {args.epochs} --out {out}".split())
-                network.load_state_dict(dat.load_checkpoint(f"{out}/last.pt")["model"])
-            table.setdefault(label, []).append(measure(network, *test))
+            start = time.monotonic()
+            network = train(config, seed, args.epochs)
+            row = measure(network, *test)
+            table.setdefault(label, []).append(row)
+            print(f"seed {seed}, {label}: accuracy {row['accuracy']:.1f}% after "
+                  f"{time.monotonic() - start:.0f} s", flush=True)
             if (args.study, label) == ("offsets", "learned"):  # back to the uniform grid
                 for module in network.modules():
                     if isinstance(module, dat.DeformableAttention):
