@@ -424,16 +424,17 @@ def stages(dim, heads, blocks, groups, kernels, window):
 
 
 TINY, DEEP = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
-T, B, KERNELS = (None, None, 3, 6), (None, None, 4, 8), (9, 7, 5, 3)  # T, B: groups
+KERNELS = (9, 7, 5, 3)
 VARIANTS = {  # Tab. 1, in the paper's geometry; published weights need "release" [D1]
-    "dat-t": DATConfig(stages=stages(96, 3, TINY, T, KERNELS, 7), drop_path=0.2),
-    "dat-s": DATConfig(stages=stages(96, 3, DEEP, T, KERNELS, 7), drop_path=0.3),
-    "dat-b": DATConfig(stages=stages(128, 4, DEEP, B, KERNELS, 7), drop_path=0.5),
-    "dat-b-384": DATConfig(stages=stages(128, 4, DEEP, B, KERNELS, 12), drop_path=0.5,
-                           image_size=384),
+    # C and heads of stage 1; then for each stage blocks, groups, kernel; window
+    "dat-t": DATConfig(stages=stages(96, 3, TINY, (None, None, 3, 6), KERNELS, 7), drop_path=0.2),
+    "dat-s": DATConfig(stages=stages(96, 3, DEEP, (None, None, 3, 6), KERNELS, 7), drop_path=0.3),
+    "dat-b": DATConfig(stages=stages(128, 4, DEEP, (None, None, 4, 8), KERNELS, 7), drop_path=0.5),
+    "dat-b-384": DATConfig(stages=stages(128, 4, DEEP, (None, None, 4, 8), KERNELS, 12),
+                           drop_path=0.5, image_size=384),
     # For images of 32 px: DAT-T at half its width, and a small one for a CPU.
-    "cifar": DATConfig(stages=stages(48, 3, TINY, T, KERNELS, 4), drop_path=0.1,
-                       image_size=32, patch=1, stem="conv", classes=10),
+    "cifar": DATConfig(stages=stages(48, 3, TINY, (None, None, 3, 6), KERNELS, 4),
+                       drop_path=0.1, image_size=32, patch=1, stem="conv", classes=10),
     "cifar-nano": DATConfig(stages=stages(48, 3, ("LSD", "LDLD", "LD"), (3, 3, 6), (7, 5, 3), 4),
                             image_size=32, stem="conv", classes=10)}
 
@@ -560,17 +561,17 @@ def our_name(name):
     layers = {"0": "conv", "1": "norm", "3": "out", "linear1": "expand", "linear2": "contract"}
     match name.split("."):
         case ["patch_proj", layer, *_, kind]:
-            return f"stem.{layers[layer]}.{kind}"
+            return f"stem.{layers.get(layer, layer)}.{kind}"
         case ["down_projs", i, layer, *_, kind]:
-            return f"stages.{int(i) + 1}.down.{layers[layer]}.{kind}"
+            return f"stages.{int(i) + 1}.down.{layers.get(layer, layer)}.{kind}"
         case ["stages", i, "layer_norms", j, "norm", kind]:  # two in each block
             return f"stages.{i}.blocks.{int(j) // 2}.norm{int(j) % 2 + 1}.{kind}"
         case ["stages", i, "mlps", j, "chunk", layer, kind]:
-            return f"stages.{i}.blocks.{j}.mlp.{layers[layer]}.{kind}"
+            return f"stages.{i}.blocks.{j}.mlp.{layers.get(layer, layer)}.{kind}"
         case ["stages", i, "attns", j, "rpe_table" | "relative_position_bias_table"]:
             return f"stages.{i}.blocks.{j}.attention.table"
         case ["stages", i, "attns", j, "conv_offset", layer, *_, kind]:
-            return f"stages.{i}.blocks.{j}.attention.offset.{layers[layer]}.{kind}"
+            return f"stages.{i}.blocks.{j}.attention.offset.{layers.get(layer, layer)}.{kind}"
         case ["stages", i, "attns", j, layer, kind]:  # proj_qkv, proj_q, .., proj_out
             return f"stages.{i}.blocks.{j}.attention.{layer.removeprefix('proj_')}.{kind}"
         case ["cls_norm", "norm", kind]:
@@ -995,7 +996,50 @@ def percent(accuracies, classes):
     return f"top-1 {accuracies['top1']:.2%}{top5}"
 
 
-def train(model, images, test_images, classes, recipe, machine, folder, resumed, compiles):
+    for epoch in range(first_epoch, recipe.epochs):
+        rng = torch.Generator().manual_seed(seed_of("order", recipe.seed, epoch))
+        order = epoch * count + torch.randperm(count, generator=rng)
+        for batch in order.split(recipe.batch_size)[:count // recipe.batch_size]:  # whole ones
+            for places in batch.split(recipe.micro_batch)[machine.rank::machine.world]:
+                yield places.tolist()
+
+
+def test_loader(data, images, size, machine):
+    """Batches of this process's share of the test images."""
+    samples = Samples(images, transform_for(data, size, "none"))
+    share = range(machine.rank, len(images), machine.world)
+    batches = [share[i:i + 100] for i in range(0, len(share), 100)]
+    return DataLoader(samples, batch_sampler=batches, num_workers=machine.workers,
+                      persistent_workers=machine.workers > 0)
+
+
+@torch.no_grad()
+def evaluate(model, tests, dtype, machine):
+    """Accuracies from 0 to 1 on the test images of all processes: {"top1": .., "top5": ..}."""
+    model.eval()
+    correct = torch.zeros(2, dtype=torch.int64, device=machine.device)  # top-1, top-5
+    printed_at = time.monotonic()
+    for i, (images, labels) in enumerate(tests):
+        with machine.autocast(dtype):
+            logits = model(images.to(machine.device))
+        best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
+        hits = best == labels.to(machine.device)[:, None]
+        correct += torch.stack([hits[:, 0].sum(), hits.sum()])
+        if time.monotonic() - printed_at > 10:
+            printed_at = time.monotonic()
+            print(f"tested {(i + 1) / len(tests):.0%} of the images", flush=True)
+    if machine.world > 1:
+        dist.all_reduce(correct)
+    top1, top5 = correct.tolist()
+    return {"top1": top1 / len(tests.dataset), "top5": top5 / len(tests.dataset)}
+
+
+def percent(accuracies, classes):
+    top5 = f", top-5 {accuracies['top5']:.2%}" if len(classes) > 5 else ""
+    return f"top-1 {accuracies['top1']:.2%}{top5}"
+
+
+def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
     """Trains to the end of the recipe, and saves after each epoch. `resumed`: the checkpoint to
     go on from, or None. Returns a dict for each epoch. Raises: InputError if the loss is NaN."""
     from torchvision.transforms import v2
@@ -1009,13 +1053,13 @@ def train(model, images, test_images, classes, recipe, machine, folder, resumed,
     forward = torch.compile(model, fullgraph=True) if compiles else model
     if machine.world > 1:
         forward = nn.parallel.DistributedDataParallel(forward)
-    samples = Samples(images, transform_for(recipe.data, size, recipe.augment), recipe.seed)
-    places = micro_batches(len(images), recipe, machine, len(history))
+    samples = Samples(train_images, transform_for(recipe.data, size, recipe.augment), recipe.seed)
+    places = micro_batches(len(train_images), recipe, machine, len(history))
     batches = iter(DataLoader(samples, batch_sampler=places, num_workers=machine.workers))
     tests = test_loader(recipe.data, test_images, size, machine)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(classes)),
                            v2.CutMix(alpha=1.0, num_classes=len(classes))])
-    steps = len(images) // recipe.batch_size  # updates an epoch
+    steps = len(train_images) // recipe.batch_size  # updates an epoch
     accumulate = recipe.batch_size // (recipe.micro_batch * machine.world)
     test_cost = len(test_images) / recipe.batch_size / 3  # in updates: it has no backward pass
     first_epoch, start = len(history), time.monotonic()
