@@ -25,16 +25,17 @@ Symbols. Modules pass maps as (B, H, W, C):
 
 Departures from the paper [P] and from the authors' code, release 566a593 [R]:
 
-    [D1] geometry="paper": if r = 1, points start on whole pixels. In "release", which published
-         weights need and load_official sets, queries and points are pulled inward. [R]
-    [D2] Any image size: zeros fill up patches and windows, and attention leaves them out;
+    [D1] geometry="paper" puts reference points as the paper does. "release", which published
+         weights need and load_official sets, has them closer to the middle of the map. [R]
+    [D2] Any image size: zeros fill up patches and windows, where attention leaves them out;
          position tables are resized. [P, R]
     [D3] Windows are shifted by ceil(w / 2), as in the release (Swin: floor). [P]
     [D4] The offset network has the release's layer norm before GELU. [P]
     [D5] offsets=False and position="fixed" work; in the release they crash. [R]
     [D6] stem="conv": overlapping 3x3 convolutions; the release's has 7x7. [P, R]
     [D7] Weights start from PyTorch's defaults, position tables at deviation 0.01. [P]
-    [D8] RandAugment on all images, at one strength; last tenth unmixed; cosine after warm-up. [R]
+    [D8] Training: RandAugment on all images, at one strength; no MixUp or CutMix in the last
+         tenth of the updates; the cosine begins after the warm-up. [R]
 """
 import argparse
 import gc
@@ -62,18 +63,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 
+class InputError(ValueError):
+    """A caller's mistake, in one line: what was expected, what came, what to do."""
+
+
+def expect(condition, otherwise):
+    if not condition:
+        raise InputError(otherwise)
+
+
 # ======== 1. attention (Sec. 3.1)
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2, with the bias of Eq. 9.
-    Shape: q (B, .., N, d), k and v (B, .., K, d), bias (B or 1, .., N, K) -> (B, .., N, d)."""
+    Shape: q (B, .., N, d), k and v (B, .., K, d), bias (B or 1, .., N, K) -> (B, .., N, d). The
+    dots are the heads, or rows and columns of windows and their heads."""
     bias = bias.to(q.dtype)
     if q.is_cpu:  # the formula is faster there than PyTorch's kernels
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
         scores += bias
         return scores.softmax(dim=-1) @ v
     shape = q.shape
-    q, k, v, bias = (x.flatten(1, -3) for x in (q, k, v, bias))  # kernels want four axes
-    # All kernels but cuDNN's, which has bugs with a bias.
+    # PyTorch's kernels want four axes: all between B and N become one. Of these kernels cuDNN's is
+    # left out, as it has bugs with a bias.
+    q, k, v, bias = (x.flatten(1, -3) for x in (q, k, v, bias))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(shape)
 
@@ -95,7 +107,7 @@ CHOICES = {"geometry": ("paper", "release"), "position": ("relative", "fixed", "
 
 
 def check(**values):
-    """Raises ValueError for values that no network can have. Each is known by its name."""
+    """Raises InputError for values that no network can have. Each is known by its name."""
     for name, value in values.items():
         number = value if isinstance(value, Real) else math.nan  # NaN fails every comparison
         if name in CHOICES:
@@ -106,22 +118,19 @@ def check(**values):
             fits, expected = 0 <= number < 1, "a number from 0 to below 1"
         else:
             fits, expected = isinstance(value, Integral) and value >= 1, "a whole number above 0"
-        if not fits:
-            raise ValueError(f"{name}={value!r}: expected {expected}")
-    if "kernel" in values and values["kernel"] % 2 == 0:
-        raise ValueError(f"kernel={values['kernel']} is even: a kernel needs a centre")
-    if "heads" in values and values["dim"] % values["heads"]:
-        raise ValueError(f"dim={values['dim']} is not divisible by heads={values['heads']}")
-    if "groups" in values and values["heads"] % values["groups"]:
-        raise ValueError(f"groups={values['groups']} does not divide heads={values['heads']}")
+        expect(fits, f"{name}={value!r}: expected {expected}")
+    dim, heads, groups = (values.get(name, 1) for name in ("dim", "heads", "groups"))
+    expect(dim % heads == 0, f"dim={dim} is not divisible by heads={heads}")
+    expect(heads % groups == 0, f"groups={groups} does not divide heads={heads}")
+    kernel = values.get("kernel", 1)
+    expect(kernel % 2 == 1, f"kernel={kernel} is even: a kernel needs a centre")
 
 
-def height_and_width(**size):
-    """(H, W) of a named size: one number, or two. Raises: ValueError."""
-    (name, value), = size.items()
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(n, Integral) and n >= 1 for n in pair):
-        raise ValueError(f"{name}={value!r}: expected a whole number above 0, or (height, width)")
+def height_and_width(name, size):
+    """(H, W) of a size that is one number or two. Raises: InputError that calls it `name`."""
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    expect(len(pair) == 2 and all(isinstance(n, Integral) and n >= 1 for n in pair),
+           f"{name}={size!r}: expected a whole number above 0, or (height, width)")
     return pair
 
 
@@ -142,9 +151,9 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far a point may move along an axis, in px: s / 2 cells, each length / count px long.
-    The paper gives s no unit (Sec. 3.2); the release has s / count on an axis from -1 to 1. Its
-    ends are the centres of the outer pixels, so that axis is length - 1 px long [D1]."""
+    """How far one of `count` points may move along an axis of `length` px: s / 2 cells, a cell
+    being length / count px. The paper gives s no unit (Sec. 3.2); so does the release, in which
+    the axis is length - 1 px long, from the centre of the first pixel to that of the last [D1]."""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -157,8 +166,8 @@ def bilinear_sample(maps, points):
 
 
 def sample_at(maps, y, x):
-    """bilinear_sample, with y and x apart. Shape: y, x broadcast to (B, h, u), or to
-    (B, h1, h2, u) with h = h1 h2; many points are so made from few coordinates."""
+    """bilinear_sample with y and x in two tensors that broadcast: to (B, h, u), or, for the
+    position bias, from (B, h1, 1, u) and (B, 1, h2, u) to (B, h1, h2, u), with h = h1 h2."""
     H, W = maps.shape[-2:]
     # grid_sample takes (x, y). With align_corners=False its -1 and 1 are the edges of the map,
     # half a pixel outside the centres 0 and H - 1. (True: these centres; no good if H = 1.)
@@ -199,13 +208,13 @@ class OffsetNetwork(nn.Module):
 class DeformableAttention(nn.Module):
     """Attention to x~, the map read at points that the offset network moves. Paper: Sec. 3.2.
     Shape: (B, H, W, C) -> the same, any H, W. `size`, a number or (H, W): the map that the
-    position table is made for; at another size it is resized [D2]. Raises: ValueError."""
+    position table is made for; at another size it is resized [D2]. Raises: InputError."""
     def __init__(self, *, dim, heads, groups, size, stride=1, kernel=5, offset_range=2.0,
                  geometry="paper", offsets=True, position="relative"):
         super().__init__()
         check(dim=dim, heads=heads, groups=groups, stride=stride, kernel=kernel,
               offset_range=offset_range, geometry=geometry, offsets=offsets, position=position)
-        H, W = height_and_width(size=size)
+        H, W = height_and_width("size", size)
         self.heads, self.groups, self.stride = heads, groups, stride
         self.offset_range, self.geometry, self.position = offset_range, geometry, position
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
@@ -251,18 +260,19 @@ class DeformableAttention(nn.Module):
         table = table.unflatten(1, (G, M // G)).flatten(0, 1)  # (B G, M / G, 2 H - 1, 2 W - 1)
         query_y = reference_coordinates(H, H, self.geometry, like=points)  # (H,)
         query_x = reference_coordinates(W, W, self.geometry, like=points)  # (W,)
-        key_y, key_x = points.flatten(2, 3).flatten(0, 1).unbind(-1)  # (B G, K) each
-        row = query_y[:, None, None] - key_y[:, None, None] + H - 1  # (B G, H, 1, K)
-        column = query_x[:, None] - key_x[:, None, None] + W - 1  # (B G, 1, W, K)
+        key_y, key_x = points.view(B * G, 1, 1, Hk * Wk, 2).unbind(-1)  # (B G, 1, 1, K) each
+        row = query_y.view(H, 1, 1) - key_y + H - 1  # R along y: (B G, H, 1, K)
+        column = query_x.view(W, 1) - key_x + W - 1  # R along x: (B G, 1, W, K)
         bias = sample_at(table, row, column)  # (B G, M / G, N, K)
         return bias.view(B, M, H * W, Hk * Wk)
 
     def fixed_bias(self, queries, keys):
-        """One number for each query and key, wherever the key moved: an ablation [D5].
+        """An ablation [D5]: one number for each query and key, wherever the key moved. The table
+        (M, H, W, Hk, Wk) is resized, first the axes of keys, then those of queries.
         Shape: queries (H, W), keys (Hk, Wk) -> (1, M, N, K)."""
-        table = resize(self.table, keys)  # (M, rows, columns, Hk, Wk)
-        table = resize(table.permute(0, 3, 4, 1, 2), queries)  # (M, Hk, Wk, H, W)
-        return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]
+        table = resize(self.table, keys).permute(0, 3, 4, 1, 2)  # (M, Hk, Wk, H, W)
+        table = resize(table, queries).flatten(3).flatten(1, 2)  # (M, K, N)
+        return table.transpose(1, 2)[None]
 
     def sample(self, x, points):
         """x~: the channels of each group, read at its points. Paper: Eq. 7 and 8.
@@ -296,12 +306,12 @@ def pad_to_multiple(x, side):
 class WindowAttention(nn.Module):
     """Attention inside w x w windows with a learned bias: blocks L, and S with a `shift`.
     Paper: Sec. 3.3, from Swin (Liu et al., 2021). Shape: (B, H, W, C) -> the same, any H, W.
-    Raises: ValueError."""
+    Raises: InputError."""
     def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
         check(dim=dim, heads=heads, window=window)
-        if not 0 <= shift <= window:
-            raise ValueError(f"shift={shift!r}: expected a whole number from 0 to window={window}")
+        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # ceil(w / 2) is w if w = 1
+               f"shift={shift!r}: expected a whole number from 0 to window={window}")
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -316,9 +326,9 @@ class WindowAttention(nn.Module):
         return x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
 
     def regions(self, H, W):
-        """The region of the map that each pixel of a window is from: (rows, columns, w w).
-        Rolling moves the first `shift` rows below the last ones, into the same windows, and
-        columns alike; these pixels are regions 2 to 4. The zeros that fill up are region 0."""
+        """From which region of the map each pixel of a window is: (rows, columns, w w).
+        Rolling moves the first `shift` rows of the map below its last rows, into the same windows,
+        and columns alike; these are regions 2 to 4. The zeros that fill up are region 0."""
         rolled_y = torch.arange(H, device=self.table.device) < self.shift
         rolled_x = torch.arange(W, device=self.table.device) < self.shift
         region = 1 + 2 * rolled_y[:, None] + rolled_x  # (H, W), from 1 to 4
@@ -326,8 +336,8 @@ class WindowAttention(nn.Module):
         return region.transpose(1, 2).flatten(2)
 
     def bias(self, H, W):
-        """The table at query - key + w - 1; minus infinity between regions, which are no
-        neighbours. (Zeros may see zeros: a row of nothing but minus infinity would give NaN.)
+        """The table at query - key + w - 1, or minus infinity for a query and a key from different
+        regions. (The zeros see one another: a row of minus infinity alone would give NaN.)
         Shape: -> (1, rows, columns, M, w w, w w)."""
         i = torch.arange(self.window, device=self.table.device)
         y, x = i.repeat_interleave(self.window), i.repeat(self.window)  # (w w,): pixels of a window
@@ -339,7 +349,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
-        # The name qkv is used again so that memory is freed early: fewer page faults on a CPU.
+        # One name for both layouts: the first is freed when the second is made, for speed on a CPU.
         qkv = self.qkv(self.cut(x))  # Eq. 1
         rows, columns = qkv.shape[1], qkv.shape[3]
         qkv = qkv.unflatten(5, (3, M, C // M))  # (B, rows, w, columns, w, 3, M, d)
@@ -355,7 +365,7 @@ class WindowAttention(nn.Module):
 # ======== 5. block, configuration, network (Sec. 3.3, Fig. 3, Tab. 1)
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage. Paper: Sec. 3.3, Tab. 1. Raises: ValueError.
+    """One stage. Paper: Sec. 3.3, Tab. 1. Raises: InputError.
     `blocks`, a letter each: L local windows, S shifted windows, D deformable attention. Windows
     use `window` (w), and D uses `groups` (G), `stride` (r), `kernel` (k), `offset_range` (s)."""
     dim: int
@@ -368,10 +378,10 @@ class StageConfig:
     offset_range: float = 2.0
 
     def __post_init__(self):
-        if not isinstance(self.blocks, str) or not self.blocks or set(self.blocks) - set("LSD"):
-            raise ValueError(f"blocks={self.blocks!r}: expected letters L, S and D")
-        if "D" not in self.blocks and self.groups is not None:
-            raise ValueError(f"groups={self.groups!r}: expected None, as blocks has no D")
+        expect(isinstance(self.blocks, str) and self.blocks and set(self.blocks) <= set("LSD"),
+               f"blocks={self.blocks!r}: expected letters L, S and D")
+        expect("D" in self.blocks or self.groups is None,
+               f"groups={self.groups!r}: expected None, as blocks has no D")
         check(dim=self.dim, heads=self.heads, groups=self.groups if "D" in self.blocks else 1,
               window=self.window, stride=self.stride, kernel=self.kernel,
               offset_range=self.offset_range)
@@ -379,7 +389,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DATConfig:
-    """The network. Paper: Sec. 3.3. Raises: ValueError.
+    """The network. Paper: Sec. 3.3. Raises: InputError.
     `image_size`, a number or (H, W), sets the size of position tables; any input size works."""
     stages: tuple[StageConfig, ...]
     image_size: int | tuple[int, int] = 224
@@ -393,49 +403,50 @@ class DATConfig:
     position: str = "relative"  # or, as ablations, "fixed" or "none" [D5]
 
     def __post_init__(self):
-        if not isinstance(self.stages, (tuple, list)) or not self.stages:
-            raise ValueError(f"stages={self.stages!r}: expected a StageConfig or more, in a tuple")
+        expect(isinstance(self.stages, (tuple, list)) and self.stages,
+               f"stages={self.stages!r}: expected a StageConfig or more, in a tuple")
         # A configuration from a file has dicts for stages, and may have lists for tuples.
         stages = tuple(StageConfig(**s) if isinstance(s, dict) else s for s in self.stages)
         size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
         object.__setattr__(self, "stages", stages)  # as the dataclass is frozen
         object.__setattr__(self, "image_size", size)
-        height_and_width(image_size=size)
+        height_and_width("image_size", size)
         check(patch=self.patch, stem=self.stem, classes=self.classes, mlp_ratio=self.mlp_ratio,
               drop_path=self.drop_path, geometry=self.geometry, offsets=self.offsets,
               position=self.position)
-        if self.stem == "conv" and self.patch not in (1, 2, 4):
-            raise ValueError(f"patch={self.patch}: expected 1, 2 or 4 with stem='conv'")
-        if min(stage.dim for stage in stages) * self.mlp_ratio < 1:
-            raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves the MLP no hidden channel")
+        expect(self.stem == "patch" or self.patch in (1, 2, 4),
+               f"patch={self.patch}: expected 1, 2 or 4 with stem='conv'")
+        expect(min(stage.dim for stage in stages) * self.mlp_ratio >= 1,
+               f"mlp_ratio={self.mlp_ratio} leaves the MLP no hidden channel")
 
     def map_sizes(self):
         """(H, W) of the map of each stage, for an image of `image_size`."""
-        H, W = height_and_width(image_size=self.image_size)
+        H, W = height_and_width("image_size", self.image_size)
         cells = [self.patch * 2 ** i for i in range(len(self.stages))]  # image px per map px
         return [(ceil_div(H, cell), ceil_div(W, cell)) for cell in cells]
 
 
-def stages(dim, heads, blocks, groups, kernels, window):
-    """A row of Tab. 1: widths and heads double with each stage. Only D uses groups and kernels."""
+def table_row(dim, heads, blocks, groups, kernels, window):
+    """The stages of a row of Tab. 1: widths and heads double with each. Only D uses groups and
+    kernels. Stride r = 1 and offset range s = 2 are the defaults."""
     return tuple(StageConfig(dim=dim * 2 ** i, heads=heads * 2 ** i, blocks=blocks[i],
                              groups=groups[i], kernel=kernels[i], window=window)
                  for i in range(len(blocks)))
 
 
 TINY, DEEP = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
-KERNELS = (9, 7, 5, 3)
+T_GROUPS, B_GROUPS, KERNELS = (None, None, 3, 6), (None, None, 4, 8), (9, 7, 5, 3)
 VARIANTS = {  # Tab. 1, in the paper's geometry; published weights need "release" [D1]
     # C and heads of stage 1; then for each stage blocks, groups, kernel; window
-    "dat-t": DATConfig(stages=stages(96, 3, TINY, (None, None, 3, 6), KERNELS, 7), drop_path=0.2),
-    "dat-s": DATConfig(stages=stages(96, 3, DEEP, (None, None, 3, 6), KERNELS, 7), drop_path=0.3),
-    "dat-b": DATConfig(stages=stages(128, 4, DEEP, (None, None, 4, 8), KERNELS, 7), drop_path=0.5),
-    "dat-b-384": DATConfig(stages=stages(128, 4, DEEP, (None, None, 4, 8), KERNELS, 12),
-                           drop_path=0.5, image_size=384),
+    "dat-t": DATConfig(stages=table_row(96, 3, TINY, T_GROUPS, KERNELS, 7), drop_path=0.2),
+    "dat-s": DATConfig(stages=table_row(96, 3, DEEP, T_GROUPS, KERNELS, 7), drop_path=0.3),
+    "dat-b": DATConfig(stages=table_row(128, 4, DEEP, B_GROUPS, KERNELS, 7), drop_path=0.5),
+    "dat-b-384": DATConfig(stages=table_row(128, 4, DEEP, B_GROUPS, KERNELS, 12), drop_path=0.5,
+                           image_size=384),
     # For images of 32 px: DAT-T at half its width, and a small one for a CPU.
-    "cifar": DATConfig(stages=stages(48, 3, TINY, (None, None, 3, 6), KERNELS, 4),
+    "cifar": DATConfig(stages=table_row(48, 3, TINY, T_GROUPS, KERNELS, 4),
                        drop_path=0.1, image_size=32, patch=1, stem="conv", classes=10),
-    "cifar-nano": DATConfig(stages=stages(48, 3, ("LSD", "LDLD", "LD"), (3, 3, 6), (7, 5, 3), 4),
+    "cifar-nano": DATConfig(stages=table_row(48, 3, ("LSD", "LDLD", "LD"), (3, 3, 6), (7, 5, 3), 4),
                             image_size=32, stem="conv", classes=10)}
 
 
@@ -477,14 +488,15 @@ class Block(nn.Module):
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
-        # The name `hidden` keeps this memory to the end: fewer page faults on a CPU.
+        # A name for `hidden` keeps it to the end. For speed on a CPU: this large memory, if freed
+        # before the smaller tensors, went back to the system at each call.
         hidden = self.mlp.expand(self.norm2(z))
         return drop_path(self.mlp.contract(F.gelu(hidden)), self.rate, self.training) + z
 
 
 class DAT(nn.Module):
     """Vision Transformer with Deformable Attention. Paper: Sec. 3.3, Fig. 3, Tab. 1.
-    Shape: images (B, 3, H, W), any H, W -> logits (B, classes). Raises: ValueError."""
+    Shape: images (B, 3, H, W), any H, W -> logits (B, classes). Raises: InputError."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -549,29 +561,36 @@ class DAT(nn.Module):
 
 def build(variant, **overrides):
     """The model of VARIANTS[variant] with other values of some fields of its DATConfig.
-    Raises: ValueError."""
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {list(VARIANTS)}")
+    Raises: InputError."""
+    expect(variant in VARIANTS, f"variant {variant!r} is not one of {list(VARIANTS)}")
     return DAT(replace(VARIANTS[variant], **overrides))
 
 
 # ======== 6. the authors' weights
+LAYERS = {"0": "conv", "1.norm": "norm", "3": "out",  # of the release, and their names here
+          "chunk.linear1": "mlp.expand", "chunk.linear2": "mlp.contract"}
+
+
+def layer_name(words):
+    name = ".".join(words)
+    return LAYERS.get(name, name)
+
+
 def our_name(name):
-    """The name here of a parameter of the release; other names stay."""
-    layers = {"0": "conv", "1": "norm", "3": "out", "linear1": "expand", "linear2": "contract"}
+    """The name here of a parameter of the release; other names stay. kind: weight or bias."""
     match name.split("."):
-        case ["patch_proj", layer, *_, kind]:
-            return f"stem.{layers.get(layer, layer)}.{kind}"
-        case ["down_projs", i, layer, *_, kind]:
-            return f"stages.{int(i) + 1}.down.{layers.get(layer, layer)}.{kind}"
+        case ["patch_proj", *layer, kind]:
+            return f"stem.{layer_name(layer)}.{kind}"
+        case ["down_projs", i, *layer, kind]:
+            return f"stages.{int(i) + 1}.down.{layer_name(layer)}.{kind}"
         case ["stages", i, "layer_norms", j, "norm", kind]:  # two in each block
             return f"stages.{i}.blocks.{int(j) // 2}.norm{int(j) % 2 + 1}.{kind}"
-        case ["stages", i, "mlps", j, "chunk", layer, kind]:
-            return f"stages.{i}.blocks.{j}.mlp.{layers.get(layer, layer)}.{kind}"
+        case ["stages", i, "mlps", j, *layer, kind]:
+            return f"stages.{i}.blocks.{j}.{layer_name(layer)}.{kind}"
         case ["stages", i, "attns", j, "rpe_table" | "relative_position_bias_table"]:
             return f"stages.{i}.blocks.{j}.attention.table"
-        case ["stages", i, "attns", j, "conv_offset", layer, *_, kind]:
-            return f"stages.{i}.blocks.{j}.attention.offset.{layers.get(layer, layer)}.{kind}"
+        case ["stages", i, "attns", j, "conv_offset", *layer, kind]:
+            return f"stages.{i}.blocks.{j}.attention.offset.{layer_name(layer)}.{kind}"
         case ["stages", i, "attns", j, layer, kind]:  # proj_qkv, proj_q, .., proj_out
             return f"stages.{i}.blocks.{j}.attention.{layer.removeprefix('proj_')}.{kind}"
         case ["cls_norm", "norm", kind]:
@@ -583,33 +602,37 @@ def our_name(name):
 
 def rename_weights(weights):
     """Weights of the release by our names and in our shapes; ours stay as they are. Prefixes that
-    DistributedDataParallel and torch.compile add are taken off. Raises: ValueError."""
+    DistributedDataParallel and torch.compile add are taken off. Raises: InputError."""
     renamed = {}
     for name, value in weights.items():
         name = re.sub(r"\b(module|_orig_mod)\.", "", name)
-        if "local_perception_units" in name:
-            raise ValueError("weights of DAT++ (arXiv 2309.01430), another network: expected DAT's "
-                             "(the authors' README links them at commit 566a593)")
+        expect("local_perception_units" not in name,
+               "weights of DAT++ (arXiv 2309.01430), another network: expected DAT's (the authors' "
+               "README links them at commit 566a593)")
         if name.endswith((".relative_position_index", ".attn_mask")):
             continue  # both follow from the window
         if name.endswith("relative_position_bias_table"):  # (displacements, heads) there
             side = math.isqrt(len(value))
             value = value.T.reshape(-1, side, side)
-        elif value.ndim == 4 and "attns" in name and "conv_offset.0" not in name:
-            value = value.flatten(1)  # a 1x1 convolution there, a linear layer here
+        elif re.search(r"proj_\w+\.weight|conv_offset\.3", name):
+            value = value.flatten(1)  # a 1x1 convolution (C', C, 1, 1) there, a linear layer here
         renamed[our_name(name)] = value
     return renamed
 
 
-def load_official(state_dict, config):
-    """A model with the authors' weights (bare or under "model") and geometry [D1].
-    Raises: ValueError that names each missing, unknown or misshapen key."""
-    model = DAT(replace(config, geometry="release"))
-    weights = rename_weights(state_dict.get("model", state_dict))
+def load_weights(model, weights, source):
+    """Raises: InputError that names each missing, unknown or misshapen key."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"weights do not fit the configuration: {error}") from None
+        raise InputError(f"{source} does not fit the model: {error}") from None
+
+
+def load_official(state_dict, config):
+    """A model with the authors' weights (bare or under "model") and geometry [D1].
+    Raises: InputError."""
+    model = DAT(replace(config, geometry="release"))
+    load_weights(model, rename_weights(state_dict.get("model", state_dict)), "the state dict")
     return model
 
 
@@ -618,17 +641,8 @@ DATA = ("shapes", "cifar10", "cifar100", "imagenet")
 SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar")
 
 
-class InputError(ValueError):
-    """A caller's mistake, in one line: what was expected, what came, what to do."""
-
-
-def expect(condition, otherwise):
-    if not condition:
-        raise InputError(otherwise)
-
-
 def seed_of(*place):
-    """A seed for each place in a run, such as ("image", seed, 17)."""
+    """The seed of the random draws at one place of a run: of its words and numbers."""
     return random.Random(repr(place)).getrandbits(63)
 
 
@@ -658,15 +672,15 @@ def make_shapes(count, *, seed, side=32):
     distance, direction = torch.hypot(u, v), torch.atan2(v, u)
     longer, shorter = u.abs().maximum(v.abs()), u.abs().minimum(v.abs())
     third = 2 * math.pi / 3
-    figures = torch.stack([  # in the order of SHAPES
-        distance < 0.9,
-        (distance < 1) & (distance > 0.55),
-        longer < 0.75,
-        distance * (direction % third - third / 2).cos() < 0.5,
-        (shorter < 0.28) & (longer < 0.95),
-        distance < 0.7 + 0.3 * (5 * direction).cos(),
-        (distance < 1) & (torch.hypot(u - 0.55, v) > 0.75),
-        (u.abs() < 1) & (v.abs() < 0.3)])
+    figures = torch.stack([
+        distance < 0.9,  # disc
+        (distance < 1) & (distance > 0.55),  # ring
+        longer < 0.75,  # square
+        distance * (direction % third - third / 2).cos() < 0.5,  # triangle: inside its three sides
+        (shorter < 0.28) & (longer < 0.95),  # cross
+        distance < 0.7 + 0.3 * (5 * direction).cos(),  # star
+        (distance < 1) & (torch.hypot(u - 0.55, v) > 0.75),  # crescent
+        (u.abs() < 1) & (v.abs() < 0.3)])  # bar
     labels = torch.randint(len(SHAPES), (count,), generator=rng)
     masks = figures[labels, torch.arange(count)]
     colour = draw(0.5, 1, 3, 1, 1) + draw(-0.05, 0.05, 3, side, side)
@@ -735,7 +749,7 @@ def mean_and_std(data):
     return imagenet if data == "imagenet" else ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-def normalise(image, mean, std):
+def normalise(image, mean, std):  # much faster than v2.ToDtype and v2.Normalize
     return (image / 255 - mean) / std
 
 
@@ -744,12 +758,15 @@ def transform_for(data, size, augment):
     for crop and flip, "strong" for RandAugment and random erasing as well."""
     from torchvision.transforms import InterpolationMode, v2
     bicubic, steps = InterpolationMode.BICUBIC, [read_image] if data == "imagenet" else []
-    if data == "imagenet" and augment == "none":  # from a square of 256 px for 224, 438 for 384
-        steps += [v2.Resize((size * 256 // 224,) * 2, bicubic), v2.CenterCrop(size)]
+    if data == "imagenet" and augment == "none":  # the release's, which does not keep proportions
+        side = size * 256 // 224  # 256 for 224, 438 for 384
+        steps += [v2.Resize((side, side), bicubic), v2.CenterCrop(size)]
     elif data == "imagenet":
-        steps += [v2.RandomResizedCrop(size, interpolation=bicubic), v2.RandomHorizontalFlip()]
+        steps += [v2.RandomResizedCrop(size, interpolation=bicubic)]
     elif augment != "none":
-        steps += [v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
+        steps += [v2.RandomCrop(size, padding=4)]
+    if augment != "none":
+        steps += [v2.RandomHorizontalFlip()]
     if augment == "strong":  # strength 9 of 0 to 10
         steps += [v2.RandAugment(num_ops=2, magnitude=9, num_magnitude_bins=11)]
     if data == "imagenet":
@@ -762,8 +779,9 @@ def transform_for(data, size, augment):
 
 
 class Samples(Dataset):
-    """The images of all epochs, transformed: item place = epoch * len + i is image i in an epoch.
-    All random draws of an item follow from (seed, place), wherever it is made."""
+    """Transformed images for all epochs of a run. A place counts on from epoch to epoch: at place
+    epoch * len(images) + i stands image i as that epoch sees it. The random draws follow from
+    (seed, place) alone, whichever process or worker makes them."""
     def __init__(self, images, transform, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
 
@@ -797,40 +815,45 @@ class Recipe:
 
 
 def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False):
-    """The recipe for `data`; the dict `given` has the values that the user chose. For imagenet it
-    is the authors' recipe, whose rate is meant for 512 images and grows with the batch."""
+    """The recipe for `data`, with the values that the user has `given` (a dict) in place of its
+    own. For imagenet it is the authors', unless the classes are the user's own (`new_head`)."""
     if data == "shapes":
         recipe = {"epochs": 4, "batch_size": 64, "lr": 3e-3, "warmup": 0.25}
     elif data != "imagenet" and model == "cifar":
         recipe = {"epochs": 300, "batch_size": 256, "lr": 1e-3, "warmup": 0.05}
     elif data != "imagenet":
         recipe = {"epochs": 6, "batch_size": 128, "lr": 2e-3, "warmup": 0.05}
-    elif new_head:  # own classes: not the authors'
-        recipe = {"epochs": 30, "batch_size": 64, "lr": 1e-3}
+    elif new_head:
+        recipe = {"epochs": 30, "batch_size": 64, "lr_of_512": 1e-3}
     elif fine_tuning:
-        recipe = {"epochs": 30, "batch_size": 512, "lr": 2e-6, "warmup": 0.0, "floor": 0.05,
+        recipe = {"epochs": 30, "batch_size": 512, "lr_of_512": 2e-6, "warmup": 0.0, "floor": 0.05,
                   "weight_decay": 1e-8}
     elif model.startswith("dat-b"):
-        recipe = {"epochs": 300, "batch_size": 1024, "lr": 4e-4, "warmup": 50 / 300,
+        recipe = {"epochs": 300, "batch_size": 1024, "lr_of_512": 4e-4, "warmup": 50 / 300,
                   "floor": 1 / 80, "clip": 1.0}
     else:
-        recipe = {"epochs": 300, "batch_size": 1024, "lr": 5e-4}
+        recipe = {"epochs": 300, "batch_size": 1024, "lr_of_512": 5e-4}
     recipe |= given
-    if data == "imagenet" and "lr" not in given:
-        recipe["lr"] *= recipe["batch_size"] / 512
+    lr_of_512 = recipe.pop("lr_of_512", None)  # the rate for batches of 512 images
+    if "lr" not in recipe:
+        recipe["lr"] = lr_of_512 * recipe["batch_size"] / 512
     if data != "imagenet":  # short runs are worse with more: lab/RESULTS.md
-        recipe["augment"] = "strong" if recipe["epochs"] >= 60 else "light"
-        recipe["mixed"] = 0.9 if recipe["epochs"] >= 100 else 0.0
-    if "micro_batch" not in given:  # the largest that fits memory and suits all processes
-        largest = 128 if data == "imagenet" else 1024
-        sizes = [n for n in range(1, largest + 1) if recipe["batch_size"] % (n * world) == 0]
-        recipe["micro_batch"] = max(sizes, default=1)
+        recipe |= {"augment": "strong" if recipe["epochs"] >= 60 else "light",
+                   "mixed": 0.9 if recipe["epochs"] >= 100 else 0.0}
+    recipe.setdefault("micro_batch", largest_micro_batch(recipe["batch_size"], world, data))
     return Recipe(data=data, model=model, **recipe)
 
 
+def largest_micro_batch(batch_size, world, data):
+    """The largest that fits memory and gives each of `world` processes as many; 1 if none does."""
+    limit = 128 if data == "imagenet" else 1024
+    return max((n for n in range(1, limit + 1) if batch_size % (n * world) == 0), default=1)
+
+
 def learning_rate(update, *, updates, peak, warmup, floor):
-    """Of update 0, 1, .. of `updates`: linear warm-up from floor / 10 of the peak, then half a
-    cosine to floor of it [D8]. Short runs warm up for 50 updates, or a quarter if that is less."""
+    """Of update 0, 1, .. of `updates`. It rises linearly from peak * floor / 10 to the peak, in the
+    share `warmup` of the updates, then falls to peak * floor as half a cosine [D8]. Short runs
+    warm up for at least 50 updates, or a quarter of all if that is less."""
     warm = max(int(updates * warmup), min(50, updates // 4)) if warmup else 0
     if update < warm:
         return peak * (floor / 10 + (1 - floor / 10) * update / warm)
@@ -865,6 +888,7 @@ def write_atomically(path, content):
 def save(folder, model, optimizer, scaler, recipe, history, classes):
     """last.pt, from which a run resumes, and metrics.csv, a line an epoch."""
     mean, std = mean_and_std(recipe.data)
+    # Those of convolutions are channels-last in training, which other programs may refuse.
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     file = io.BytesIO()
     torch.save({"model": weights, "config": asdict(model.config), "classes": classes,
@@ -872,15 +896,15 @@ def save(folder, model, optimizer, scaler, recipe, history, classes):
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, file)
     rows = [history[0].keys()] + [epoch.values() for epoch in history]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    write_atomically(folder / "metrics.csv", table.encode())
-    write_atomically(folder / "last.pt", file.getvalue())
+    write_atomically(f"{folder}/metrics.csv", table.encode())
+    write_atomically(f"{folder}/last.pt", file.getvalue())
 
 
 def load_checkpoint(path):
     """What a file of weights holds, a dict. "model": the weights, of last.pt, a state dict or the
     authors' file; if it is last.pt, "config", "classes" and more. Raises: InputError."""
     expect(Path(path).exists(), f"{path} does not exist: expected a file of weights")
-    try:  # the authors' files hold their settings too, as a CfgNode
+    try:  # the authors' files hold settings too, a CfgNode of yacs: read as an OrderedDict
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, all about this file
@@ -902,10 +926,12 @@ def load_checkpoint(path):
 
 
 def make_model(name, data, classes, checkpoint=None):
-    """A new model for these classes: the variant `name`, or a checkpoint's own form of it."""
-    config = VARIANTS.get(name)
+    """A new model for these classes: the variant `name`, or, as its fields may differ, what a
+    checkpoint calls so."""
     if checkpoint and checkpoint["recipe"].get("model") == name:
         config = checkpoint["config"]
+    else:
+        config = VARIANTS[name]
     size = config.image_size if data == "imagenet" else 32
     geometry = checkpoint["geometry"] if checkpoint else config.geometry
     return DAT(replace(config, classes=len(classes), image_size=size, geometry=geometry))
@@ -931,21 +957,14 @@ def adapt(weights, model, keep_head):
     return adapted
 
 
-def load_weights(model, weights, path):
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{path} does not fit --model: {error}") from None
-
-
 # ======== 10. training
 @dataclass(frozen=True)
 class Machine:
     """Where a run takes place: decides its speed, never its result. It is not saved."""
     device: torch.device
-    rank: int = 0  # of this process, among
-    world: int = 1  # so many
-    workers: int = 0  # processes that load images for this one
+    rank: int = 0  # number of this process
+    world: int = 1  # how many processes train together
+    workers: int = 0  # processes that load images, for each of these
 
     def autocast(self, dtype):
         return torch.autocast(self.device.type, getattr(torch, dtype), dtype != "float32")
@@ -996,47 +1015,35 @@ def percent(accuracies, classes):
     return f"top-1 {accuracies['top1']:.2%}{top5}"
 
 
-    for epoch in range(first_epoch, recipe.epochs):
-        rng = torch.Generator().manual_seed(seed_of("order", recipe.seed, epoch))
-        order = epoch * count + torch.randperm(count, generator=rng)
-        for batch in order.split(recipe.batch_size)[:count // recipe.batch_size]:  # whole ones
-            for places in batch.split(recipe.micro_batch)[machine.rank::machine.world]:
-                yield places.tolist()
+class Progress:
+    """Prints every ten seconds, and at an epoch's end, where a run is and how long it still takes.
+    `steps`: updates an epoch. `test_images`: their number."""
+    def __init__(self, recipe, steps, first_epoch, test_images):
+        self.recipe, self.steps, self.first_epoch = recipe, steps, first_epoch
+        # A test image costs about a third of a training image: there is no backward pass.
+        self.epoch_cost = steps + test_images / 3 / recipe.batch_size  # in updates
+        self.start = time.monotonic()
+        self.begin_line()
 
+    def begin_line(self):
+        self.losses, self.line_start = [], time.monotonic()
 
-def test_loader(data, images, size, machine):
-    """Batches of this process's share of the test images."""
-    samples = Samples(images, transform_for(data, size, "none"))
-    share = range(machine.rank, len(images), machine.world)
-    batches = [share[i:i + 100] for i in range(0, len(share), 100)]
-    return DataLoader(samples, batch_sampler=batches, num_workers=machine.workers,
-                      persistent_workers=machine.workers > 0)
-
-
-@torch.no_grad()
-def evaluate(model, tests, dtype, machine):
-    """Accuracies from 0 to 1 on the test images of all processes: {"top1": .., "top5": ..}."""
-    model.eval()
-    correct = torch.zeros(2, dtype=torch.int64, device=machine.device)  # top-1, top-5
-    printed_at = time.monotonic()
-    for i, (images, labels) in enumerate(tests):
-        with machine.autocast(dtype):
-            logits = model(images.to(machine.device))
-        best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
-        hits = best == labels.to(machine.device)[:, None]
-        correct += torch.stack([hits[:, 0].sum(), hits.sum()])
-        if time.monotonic() - printed_at > 10:
-            printed_at = time.monotonic()
-            print(f"tested {(i + 1) / len(tests):.0%} of the images", flush=True)
-    if machine.world > 1:
-        dist.all_reduce(correct)
-    top1, top5 = correct.tolist()
-    return {"top1": top1 / len(tests.dataset), "top5": top5 / len(tests.dataset)}
-
-
-def percent(accuracies, classes):
-    top5 = f", top-5 {accuracies['top5']:.2%}" if len(classes) > 5 else ""
-    return f"top-1 {accuracies['top1']:.2%}{top5}"
+    def show(self, epoch, step, loss, rate):
+        """After each update. Raises: InputError if the loss is not finite."""
+        self.losses.append(loss)
+        now, recipe = time.monotonic(), self.recipe
+        if now - self.line_start < 10 and step < self.steps - 1:
+            return
+        loss = torch.stack(self.losses).mean().item()
+        expect(math.isfinite(loss), f"epoch {epoch + 1}: the loss is {loss}, not finite; try --lr "
+                                    f"below {recipe.lr:g}")
+        speed = len(self.losses) * recipe.batch_size / (now - self.line_start)
+        done = (epoch - self.first_epoch) * self.epoch_cost + step + 1
+        left = (recipe.epochs - self.first_epoch) * self.epoch_cost - done
+        left = timedelta(seconds=round((now - self.start) / done * left))
+        print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{self.steps}  loss {loss:.3f}  "
+              f"lr {rate:.2g}  {speed:,.0f} images/s  {left} left", flush=True)
+        self.begin_line()
 
 
 def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
@@ -1060,27 +1067,26 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(classes)),
                            v2.CutMix(alpha=1.0, num_classes=len(classes))])
     steps = len(train_images) // recipe.batch_size  # updates an epoch
-    accumulate = recipe.batch_size // (recipe.micro_batch * machine.world)
-    test_cost = len(test_images) / recipe.batch_size / 3  # in updates: it has no backward pass
-    first_epoch, start = len(history), time.monotonic()
+    updates = recipe.epochs * steps
+    accumulate = recipe.batch_size // (recipe.micro_batch * machine.world)  # micro-batches
+    progress = Progress(recipe, steps, len(history), len(test_images))
 
-    for epoch in range(first_epoch, recipe.epochs):
+    for epoch in range(len(history), recipe.epochs):
         model.train()
-        losses, printed = [], 0  # a loss for each update; how many of them a line has told
-        epoch_start = printed_at = time.monotonic()
+        losses, start = [], time.monotonic()  # losses: one for each update
         for step in range(steps):
             update = epoch * steps + step
-            rate = learning_rate(update, updates=recipe.epochs * steps, peak=recipe.lr,
-                                 warmup=recipe.warmup, floor=recipe.floor)
+            rate = learning_rate(update, updates=updates, peak=recipe.lr, warmup=recipe.warmup,
+                                 floor=recipe.floor)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
             losses.append(torch.zeros((), device=device))
             for i in range(accumulate):
                 images, labels = (t.to(device) for t in next(batches))
-                index = i * machine.world + machine.rank  # of the micro-batch in its batch
+                index = i * machine.world + machine.rank  # of this micro-batch in the batch
                 torch.manual_seed(seed_of("update", recipe.seed, update, index))
-                if update < recipe.mixed * recipe.epochs * steps:
+                if update < recipe.mixed * updates:
                     images, labels = mix(images, labels)
                 forward.require_backward_grad_sync = i == accumulate - 1  # DDP: once an update
                 with machine.autocast(recipe.dtype):
@@ -1091,31 +1097,20 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             scaler.step(optimizer)
             scaler.update()
+            progress.show(epoch, step, losses[-1], rate)
 
-            seconds = time.monotonic() - printed_at
-            if seconds > 10 or step == steps - 1:
-                loss = torch.stack(losses[printed:]).mean().item()
-                finite = all(parameter.isfinite().all() for parameter in model.parameters())
-                expect(finite and math.isfinite(loss), f"epoch {epoch + 1}: the loss is not "
-                                                       f"finite; try --lr below {recipe.lr:g}")
-                speed = (step + 1 - printed) * recipe.batch_size / seconds
-                done = (epoch - first_epoch) * (steps + test_cost) + step + 1
-                total = (recipe.epochs - first_epoch) * (steps + test_cost)
-                left = (time.monotonic() - start) * (total - done) / done
-                print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{steps}  "
-                      f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  "
-                      f"{timedelta(seconds=round(left))} left", flush=True)
-                printed, printed_at = step + 1, time.monotonic()
-
-        loss, seconds = torch.stack(losses).mean(), time.monotonic() - epoch_start
+        loss, seconds = torch.stack(losses).mean(), time.monotonic() - start
         if machine.world > 1:
             dist.all_reduce(loss)
+        expect(all(parameter.isfinite().all() for parameter in model.parameters()),
+               f"epoch {epoch + 1}: weights are not finite; try --lr below {recipe.lr:g}")
         accuracies = evaluate(model, tests, recipe.dtype, machine)
         history.append({"epoch": epoch + 1, "loss": loss.item() / machine.world, **accuracies,
                         "seconds": seconds})
         if machine.rank == 0:
             save(folder, model, optimizer, scaler, recipe, history, classes)
         print(f"epoch {epoch + 1}/{recipe.epochs}  test {percent(accuracies, classes)}", flush=True)
+        progress.begin_line()
     return history
 
 
@@ -1147,8 +1142,10 @@ def start_machine(args):
                                    "start no more processes (--nproc-per-node)")
         torch.cuda.set_device(local_rank)
         if args.workers is None:
-            affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
-            workers = len(affinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            processors = os.cpu_count()
+            if hasattr(os, "sched_getaffinity"):  # Linux: those that this process may use
+                processors = len(os.sched_getaffinity(0))
+            workers = processors // int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world > 1:
         dist.init_process_group()
     if rank > 0:
@@ -1157,9 +1154,9 @@ def start_machine(args):
 
 
 def load_data(machine, *what):
-    """load_dataset, first in process 0, which downloads what is missing."""
+    """load_dataset, where the other processes wait until process 0 has downloaded the data."""
     if machine.rank > 0:
-        dist.barrier()
+        dist.barrier()  # until process 0 comes to the one below
     try:
         return load_dataset(*what)
     finally:
@@ -1177,10 +1174,11 @@ def run_evaluation(args, given, machine):
     images, classes = load_data(machine, args.eval, args.data, "test")
     expect(checkpoint["classes"] in (None, classes),
            f"{args.checkpoint} is for other classes than those of {args.eval} in {args.data}")
-    saved = checkpoint["recipe"]
-    name = given.get("model", saved.get("model", default_model(args.eval, machine.device)))
-    choice = "float32" if saved.get("dtype") == "float32" else "auto"  # half: as fits the machine
-    dtype = dtype_for(given.get("dtype", choice), machine.device)
+    trained = checkpoint["recipe"]
+    name = given.get("model", trained.get("model", default_model(args.eval, machine.device)))
+    # A half type is this machine's own: what suited the training may be slow here.
+    choice = given.get("dtype", "float32" if trained.get("dtype") == "float32" else "auto")
+    dtype = dtype_for(choice, machine.device)
     model = make_model(name, args.eval, classes, checkpoint)
     load_weights(model, checkpoint["model"], args.checkpoint)
     tests = test_loader(args.eval, images, model.config.image_size, machine)
@@ -1194,23 +1192,25 @@ def new_folder(out, data):
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         return Path(out)
-    for n in range(1, 100_000):
+    n = 1
+    while True:
         try:
             Path(f"runs/{data}-{n}").mkdir(parents=True)
             return Path(f"runs/{data}-{n}")
         except FileExistsError:
-            continue
+            n += 1
 
 
 def load_run(folder, given):
     """The checkpoint of a run to resume, and its recipe. Raises: InputError."""
     path = Path(folder, "last.pt")
-    expect(path.exists() or not Path(folder).is_dir(),
-           f"{folder}: nothing is saved yet, as no epoch has ended; start a new run")
+    expect(Path(folder).is_dir(), f"--out {folder} is no folder of a run to resume")
+    expect(path.exists(), f"{folder}: nothing is saved yet, no epoch had ended; start a new run")
     checkpoint = load_checkpoint(path)
     try:
         recipe = Recipe(**checkpoint["recipe"])
-    except TypeError:
+        checkpoint["optimizer"], checkpoint["scaler"], checkpoint["history"]
+    except (TypeError, KeyError):
         raise InputError(f"{path} is no run of this version of dat.py: to start from its weights, "
                          "use --checkpoint") from None
     for name, value in given.items():
@@ -1224,26 +1224,28 @@ def run_training(args, given, machine):
     """A new run, or one to resume. What can be wrong is found before anything is written."""
     checkpoint = resumed = None
     if args.resume:
-        checkpoint, recipe = load_run(args.out, given | {"data": args.train})
-        resumed = checkpoint
+        resumed, recipe = load_run(args.out, given | {"data": args.train})
+        checkpoint = resumed
     elif args.checkpoint:
         checkpoint = load_checkpoint(args.checkpoint)
-    images, classes = load_data(machine, args.train, args.data, "train")
+    train_images, classes = load_data(machine, args.train, args.data, "train")
     test_images, test_classes = load_data(machine, args.train, args.data, "test")
     expect(classes == test_classes, f"--data {args.data}: train/ and val/ differ in the classes "
                                     f"{sorted({*classes} ^ {*test_classes})[:3]}")
     keep_head = checkpoint is None or keeps_head(checkpoint, classes)
+    expect(keep_head or not resumed, f"{args.out} was trained on other classes than --data has")
     if not resumed:
-        saved = checkpoint["recipe"] if checkpoint else {}
-        model = given.pop("model", saved.get("model", default_model(args.train, machine.device)))
+        trained = checkpoint["recipe"] if checkpoint else {}
+        name = given.pop("model", trained.get("model", default_model(args.train, machine.device)))
         given = {"dtype": dtype_for("auto", machine.device)} | given
-        recipe = recipe_for(args.train, model, given, world=machine.world,
+        recipe = recipe_for(args.train, name, given, world=machine.world,
                             fine_tuning=checkpoint is not None, new_head=not keep_head)
     batch, pieces = recipe.batch_size, recipe.micro_batch * machine.world
-    expect(batch <= len(images), f"--batch-size {batch} is more than the {len(images):,} images to "
-                                 "train on: choose a smaller one")
+    expect(batch <= len(train_images), f"--batch-size {batch} is more than the "
+           f"{len(train_images):,} images to train on: choose a smaller one")
     expect(batch % pieces == 0, f"--batch-size {batch} is no multiple of --micro-batch "
-                                f"{recipe.micro_batch} in each of {machine.world} processes")
+           f"{recipe.micro_batch} in each of {machine.world} processes")
+
     torch.manual_seed(recipe.seed)
     model = make_model(recipe.model, args.train, classes, checkpoint)
     if resumed:
@@ -1252,25 +1254,26 @@ def run_training(args, given, machine):
         load_weights(model, adapt(checkpoint["model"], model, keep_head), args.checkpoint)
     model.to(machine.device)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # the layout of its gradients, which DDP wants too
+        if isinstance(module, nn.Conv2d):  # its gradients are channels-last: DDP wants one layout
             module.to(memory_format=torch.channels_last)
-    folder = Path(args.out) if resumed else None
+    folder = args.out  # which process 0 alone uses
     if machine.rank == 0 and not resumed:
         folder = new_folder(args.out, args.train)
-    print(f"{len(images):,} images to train on, {len(test_images):,} to test on; "
+    print(f"{len(train_images):,} images to train on, {len(test_images):,} to test on; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{machine.world} x {machine.device.type}; into {folder}/\n{recipe}", flush=True)
     if not keep_head:
         print(f"head: {len(checkpoint['model'].get('head.bias', ()))} -> {len(classes)} classes, "
               "starts anew", flush=True)
+
     start = ["python"] if machine.world == 1 else ["torchrun", "--nproc-per-node", machine.world]
     command = shlex.join(map(str, [*start, "dat.py", "--data", args.data]))
     try:
-        history = train(model, images, test_images, classes, recipe, machine, folder, resumed,
-                        args.compile)
+        history = train(model, train_images, test_images, classes, recipe, machine, folder,
+                        resumed, args.compile)
     except KeyboardInterrupt:
         hint = "no epoch had ended: nothing is saved"
-        if (folder / "last.pt").exists():
+        if Path(f"{folder}/last.pt").exists():
             hint = f"go on with: {command} --train {args.train} --resume --out {folder}"
         raise KeyboardInterrupt(hint) from None
     print(f"finished: test {percent(history[-1], classes)}, {folder}/last.pt; to test it again:\n"
@@ -1307,7 +1310,8 @@ def read_flags(arguments):
     flag("--batch-size", type=whole_number, help="images an update, in all processes", **own)
     flag("--micro-batch", type=whole_number, help="images at once: fewer need less memory", **own)
     flag("--lr", type=float, help="highest learning rate", **own)
-    flag("--seed", type=whole_number, help="of all that is random; default: 0", **own)
+    flag("--seed", type=lambda text: whole_number(text, 0),
+         help="of all that is random; default: 0", **own)
     args = parser.parse_args(arguments or ["--help"])
     names = ("model", "dtype", "epochs", "batch_size", "micro_batch", "lr", "seed")
     given = {name: value for name, value in vars(args).items() if name in names}
@@ -1335,13 +1339,13 @@ def main(arguments=None):
         print(f"dat.py: stopped; {stop}", file=sys.stderr)
         return 130
     except (InputError, OSError) as error:
-        # What a loader's process raises comes with a traceback before our words.
+        # An error in a worker arrives with its traceback as text: our words follow its name.
         message = " ".join(str(error).rpartition("InputError: ")[2].split())
         print(f"dat.py: {message:.400}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
-            gc.collect()  # frees DistributedDataParallel before its processes part
+            gc.collect()  # DistributedDataParallel must be gone before its process group
             dist.destroy_process_group()
 
 
