@@ -642,7 +642,7 @@ SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "ba
 
 
 def seed_of(*place):
-    """The seed of the random draws at one place of a run: of its words and numbers."""
+    """A seed for the draws at one place of a run, made of the words and numbers that name it."""
     return random.Random(repr(place)).getrandbits(63)
 
 
@@ -919,7 +919,8 @@ def load_checkpoint(path):
             checkpoint["geometry"] = "release"
         elif "config" in found:
             config, classes = DATConfig(**found["config"]), tuple(found["classes"])
-            checkpoint = found | {"config": config, "classes": classes, "geometry": config.geometry}
+            checkpoint = found | {"config": config, "classes": classes, "geometry": config.geometry,
+                                  "recipe": dict(found["recipe"])}
         return checkpoint | {"model": rename_weights(weights)}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} does not hold what it should: {error}") from None
@@ -1041,8 +1042,8 @@ class Progress:
         done = (epoch - self.first_epoch) * self.epoch_cost + step + 1
         left = (recipe.epochs - self.first_epoch) * self.epoch_cost - done
         left = timedelta(seconds=round((now - self.start) / done * left))
-        print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{self.steps}  loss {loss:.3f}  "
-              f"lr {rate:.2g}  {speed:,.0f} images/s  {left} left", flush=True)
+        print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{self.steps}  "
+              f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  {left} left", flush=True)
         self.begin_line()
 
 
