@@ -23,19 +23,19 @@ Symbols. Modules pass maps as (B, H, W, C):
     r stride: Hk = ceil(H / r)   s offset range   k kernel of the offset network   w window side
     Coordinates are (y, x) in pixels (px) of the map: 0 is the centre of the first pixel.
 
-Departures from the paper [P] and from the authors' code, release 566a593 [R]:
+Departures from the paper (P) and from its authors' code, "the release", commit 566a593 (R):
 
-    [D1] geometry="paper" puts reference points as the paper does. "release", which published
-         weights need and load_official sets, has them closer to the middle of the map. [R]
-    [D2] Any image size: zeros fill up patches and windows, where attention leaves them out;
-         position tables are resized. [P, R]
-    [D3] Windows are shifted by ceil(w / 2), as in the release (Swin: floor). [P]
-    [D4] The offset network has the release's layer norm before GELU. [P]
-    [D5] offsets=False and position="fixed" work; in the release they crash. [R]
-    [D6] stem="conv": overlapping 3x3 convolutions; the release's has 7x7. [P, R]
-    [D7] Weights start from PyTorch's defaults, position tables at deviation 0.01. [P]
-    [D8] Training: RandAugment on all images, at one strength; no MixUp or CutMix in the last
-         tenth of the updates; the cosine begins after the warm-up. [R]
+    [D1] R: geometry="paper" puts points and queries where the paper does; in "release", which
+         published weights need and load_official sets, they are closer to the map's middle.
+    [D2] P, R: any image size. Zeros fill up patches and windows; attention does not see them.
+         Position tables are resized.
+    [D3] P: windows are shifted by ceil(w / 2), as in the release (Swin: floor).
+    [D4] P: the offset network has the release's layer norm before GELU.
+    [D5] R: offsets=False and position="fixed" work; in the release they crash.
+    [D6] P, R: stem="conv" has overlapping 3x3 convolutions; the release's has 7x7.
+    [D7] P: weights start from PyTorch's defaults, position tables at deviation 0.01.
+    [D8] R: RandAugment on all images, at one strength; no MixUp or CutMix in the last tenth of
+         the updates; the cosine of the learning rate begins after the warm-up.
 """
 import argparse
 import gc
@@ -50,7 +50,6 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -107,7 +106,7 @@ CHOICES = {"geometry": ("paper", "release"), "position": ("relative", "fixed", "
 
 
 def check(**values):
-    """Raises InputError for values that no network can have. Each is known by its name."""
+    """Raises InputError for values that no network can have: check(dim=96, heads=3, ..)."""
     for name, value in values.items():
         number = value if isinstance(value, Real) else math.nan  # NaN fails every comparison
         if name in CHOICES:
@@ -151,28 +150,29 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far one of `count` points may move along an axis of `length` px: s / 2 cells, a cell
-    being length / count px. The paper gives s no unit (Sec. 3.2); so does the release, in which
-    the axis is length - 1 px long, from the centre of the first pixel to that of the last [D1]."""
-    length = length if geometry == "paper" else length - 1
-    return offset_range / 2 * length / count
+    """How far one of `count` points may move along an axis of `length` px: s / 2 cells.
+    The paper gives s no unit (Sec. 3.2). The release divides an axis from -1 to 1 into `count`
+    cells of length 2 / count; offsets are at most s / count. In px a cell is length / count, or
+    (length - 1) / count in "release", whose -1 and 1 are centres of pixels [D1]."""
+    cell = (length if geometry == "paper" else length - 1) / count
+    return offset_range / 2 * cell
 
 
 def bilinear_sample(maps, points):
     """phi(z; p): maps read between their pixels (g is bilinear), with zeros outside. Paper: Eq. 8.
-    Shape: maps (B, C, H, W), points (B, h, u, 2) -> (B, C, h, u). Units: points (y, x) in px.
-    Computed in the type of the points; the result has the type of the maps."""
+    Shape: maps (B, C, H, W), points (B, rows, columns, 2) -> (B, C, rows, columns).
+    Units: points are (y, x) in px. Computed in their type; the result has the type of the maps."""
     return sample_at(maps, *points.unbind(-1))
 
 
 def sample_at(maps, y, x):
-    """bilinear_sample with y and x in two tensors that broadcast: to (B, h, u), or, for the
-    position bias, from (B, h1, 1, u) and (B, 1, h2, u) to (B, h1, h2, u), with h = h1 h2."""
+    """bilinear_sample, with y and x as two tensors that broadcast to (B, rows, columns). They may
+    have a further axis: that of rows is then two axes, which the result has as one."""
     H, W = maps.shape[-2:]
-    # grid_sample takes (x, y). With align_corners=False its -1 and 1 are the edges of the map,
-    # half a pixel outside the centres 0 and H - 1. (True: these centres; no good if H = 1.)
+    # grid_sample takes (x, y). With align_corners=False, -1 and 1 are the outer edges of the map,
+    # half a pixel beyond 0 and H - 1. (With True they are 0 and H - 1, which fails if H = 1.)
     y, x = torch.broadcast_tensors((2 * y + 1) / H - 1, (2 * x + 1) / W - 1)
-    grid = torch.stack([x, y], dim=-1).flatten(1, -3)  # (B, h, u, 2)
+    grid = torch.stack([x, y], dim=-1).flatten(1, -3)  # (B, rows, columns, 2)
     sampled = F.grid_sample(maps.to(grid.dtype), grid, padding_mode="zeros", align_corners=False)
     return sampled.to(maps.dtype)
 
@@ -190,7 +190,8 @@ def resize(table, size):
 class OffsetNetwork(nn.Module):
     """theta_offset, one for all groups: how far points should move. Paper: Sec. 3.2, Fig. 2 (b).
     Depth-wise k x k convolution, layer norm [D4], GELU, and a 1x1 convolution without bias, as a
-    bias would shift all points alike. Shape: (B, H, W, C / G) -> (B, Hk, Wk, 2) yx, unbounded."""
+    bias would shift all points alike. Shape: (B G, H, W, C / G) -> (B G, Hk, Wk, 2): (y, x),
+    unbounded."""
     def __init__(self, *, dim, kernel, stride):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, kernel, stride, kernel // 2, groups=dim)
@@ -250,24 +251,25 @@ class DeformableAttention(nn.Module):
         """phi(B^; R): the table, read at all displacements R = query - key. Paper: Eq. 9.
         Shape: points (B, G, Hk, Wk, 2), size (H, W) -> (B, M, N, K); (1, M, N, K) if "fixed".
         Along y, displacements -(H - 1) .. H - 1 stand in 2 H - 1 rows: R in row R + H - 1."""
-        (B, G, Hk, Wk, _), (H, W), M = points.shape, size, self.heads
+        B, G, Hk, Wk, _ = points.shape
+        H, W = size
         if self.position == "none":
             return points.new_zeros(1, 1, H * W, Hk * Wk)
         if self.position == "fixed":
             return self.fixed_bias((H, W), (Hk, Wk))
         table = resize(self.table.to(points.dtype), (2 * H - 1, 2 * W - 1))
         table = table.expand(B, -1, -1, -1)  # (B, M, 2 H - 1, 2 W - 1)
-        table = table.unflatten(1, (G, M // G)).flatten(0, 1)  # (B G, M / G, 2 H - 1, 2 W - 1)
+        table = table.unflatten(1, (G, -1)).flatten(0, 1)  # (B G, M / G, 2 H - 1, 2 W - 1)
         query_y = reference_coordinates(H, H, self.geometry, like=points)  # (H,)
         query_x = reference_coordinates(W, W, self.geometry, like=points)  # (W,)
         key_y, key_x = points.view(B * G, 1, 1, Hk * Wk, 2).unbind(-1)  # (B G, 1, 1, K) each
         row = query_y.view(H, 1, 1) - key_y + H - 1  # R along y: (B G, H, 1, K)
         column = query_x.view(W, 1) - key_x + W - 1  # R along x: (B G, 1, W, K)
-        bias = sample_at(table, row, column)  # (B G, M / G, N, K)
-        return bias.view(B, M, H * W, Hk * Wk)
+        bias = sample_at(table, row, column)  # (B G, M / G, N, K): H and W become one axis N
+        return bias.view(B, self.heads, H * W, Hk * Wk)
 
     def fixed_bias(self, queries, keys):
-        """An ablation [D5]: one number for each query and key, wherever the key moved. The table
+        """An ablation [D5]: one number for each query and key, whatever the offset. The table
         (M, H, W, Hk, Wk) is resized, first the axes of keys, then those of queries.
         Shape: queries (H, W), keys (Hk, Wk) -> (1, M, N, K)."""
         table = resize(self.table, keys).permute(0, 3, 4, 1, 2)  # (M, Hk, Wk, H, W)
@@ -285,13 +287,13 @@ class DeformableAttention(nn.Module):
 
     def forward(self, x):
         if x.ndim != 4 or x.shape[3] != self.q.in_features:
-            raise ValueError(f"expected (B, H, W, {self.q.in_features}), not {tuple(x.shape)}")
+            raise InputError(f"expected (B, H, W, {self.q.in_features}), not {tuple(x.shape)}")
         (B, H, W, C), M = x.shape, self.heads
         q = self.q(x)  # (B, H, W, C)
         points = self.points(q)  # (B, G, Hk, Wk, 2)
         sampled = self.sample(x, points)  # (B, K, C)
-        k, v = self.k(sampled), self.v(sampled)  # (B, K, C) each: Eq. 6
-        q, k, v = (t.unflatten(2, (M, C // M)).transpose(1, 2) for t in (q.flatten(1, 2), k, v))
+        q, k, v = q.flatten(1, 2), self.k(sampled), self.v(sampled)  # (B, N or K, C): Eq. 6
+        q, k, v = (x.unflatten(2, (M, C // M)).transpose(1, 2) for x in (q, k, v))  # (B, M, .., d)
         z = attend(q, k, v, self.position_bias(points, (H, W)))  # (B, M, N, d): Eq. 9
         return self.out(z.transpose(1, 2).reshape(B, H, W, C))  # Eq. 3
 
@@ -345,11 +347,12 @@ class WindowAttention(nn.Module):
         column = x[:, None] - x + self.window - 1
         region = self.regions(H, W)
         apart = region[..., :, None] != region[..., None, :]  # (rows, columns, w w, w w)
-        return self.table[:, row, column].masked_fill(apart[None, :, :, None], -math.inf)
+        bias = self.table[:, row, column]  # (M, w w, w w)
+        return bias.masked_fill(apart[None, :, :, None], -math.inf)
 
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
-        # One name for both layouts: the first is freed when the second is made, for speed on a CPU.
+        # qkv is one name for all of it, so that memory is freed early: for speed on a CPU.
         qkv = self.qkv(self.cut(x))  # Eq. 1
         rows, columns = qkv.shape[1], qkv.shape[3]
         qkv = qkv.unflatten(5, (3, M, C // M))  # (B, rows, w, columns, w, 3, M, d)
@@ -405,7 +408,7 @@ class DATConfig:
     def __post_init__(self):
         expect(isinstance(self.stages, (tuple, list)) and self.stages,
                f"stages={self.stages!r}: expected a StageConfig or more, in a tuple")
-        # A configuration from a file has dicts for stages, and may have lists for tuples.
+        # Stages from a file are dicts. Lists are taken as tuples.
         stages = tuple(StageConfig(**s) if isinstance(s, dict) else s for s in self.stages)
         size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
         object.__setattr__(self, "stages", stages)  # as the dataclass is frozen
@@ -436,8 +439,8 @@ def table_row(dim, heads, blocks, groups, kernels, window):
 
 TINY, DEEP = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
 T_GROUPS, B_GROUPS, KERNELS = (None, None, 3, 6), (None, None, 4, 8), (9, 7, 5, 3)
-VARIANTS = {  # Tab. 1, in the paper's geometry; published weights need "release" [D1]
-    # C and heads of stage 1; then for each stage blocks, groups, kernel; window
+VARIANTS = {  # Tab. 1; published weights need geometry="release" [D1]
+    # table_row(C and heads of stage 1; blocks, groups, kernels of each stage; window)
     "dat-t": DATConfig(stages=table_row(96, 3, TINY, T_GROUPS, KERNELS, 7), drop_path=0.2),
     "dat-s": DATConfig(stages=table_row(96, 3, DEEP, T_GROUPS, KERNELS, 7), drop_path=0.3),
     "dat-b": DATConfig(stages=table_row(128, 4, DEEP, B_GROUPS, KERNELS, 7), drop_path=0.5),
@@ -525,7 +528,7 @@ class DAT(nn.Module):
     def embed(self, images):
         """Patch embedding: images (B, 3, H, W) -> (B, ceil(H / patch), ceil(W / patch), C)."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"expected images (B, 3, H, W) of floating-point numbers, not "
+            raise InputError(f"expected images (B, 3, H, W) of floating-point numbers, not "
                              f"{tuple(images.shape)} of {images.dtype}")
         return self.stem(images.permute(0, 2, 3, 1))
 
@@ -548,7 +551,7 @@ class DAT(nn.Module):
         found = []
         for i, stage in enumerate(self.stages):
             cell = self.config.patch * 2 ** i  # image px per map px
-            # Where map pixel 0 is: amid a patch, or where the first centred kernel stands [D6].
+            # The place of map pixel 0 in the image: the middle of a patch; 0 for the stem "conv".
             first = (cell - 1) / 2 if self.config.stem == "patch" else 0
             x = stage.down(x)
             for block in stage.blocks:
@@ -567,8 +570,9 @@ def build(variant, **overrides):
 
 
 # ======== 6. the authors' weights
-LAYERS = {"0": "conv", "1.norm": "norm", "3": "out",  # of the release, and their names here
-          "chunk.linear1": "mlp.expand", "chunk.linear2": "mlp.contract"}
+LAYERS = {  # in the release: here
+    "0": "conv", "1.norm": "norm", "3": "out", "chunk.linear1": "mlp.expand",
+    "chunk.linear2": "mlp.contract"}
 
 
 def layer_name(words):
@@ -577,7 +581,7 @@ def layer_name(words):
 
 
 def our_name(name):
-    """The name here of a parameter of the release; other names stay. kind: weight or bias."""
+    """The name here of a parameter of the release; other names stay. `kind`: weight or bias."""
     match name.split("."):
         case ["patch_proj", *layer, kind]:
             return f"stem.{layer_name(layer)}.{kind}"
@@ -614,8 +618,8 @@ def rename_weights(weights):
         if name.endswith("relative_position_bias_table"):  # (displacements, heads) there
             side = math.isqrt(len(value))
             value = value.T.reshape(-1, side, side)
-        elif re.search(r"proj_\w+\.weight|conv_offset\.3", name):
-            value = value.flatten(1)  # a 1x1 convolution (C', C, 1, 1) there, a linear layer here
+        elif re.search(r"proj_\w+\.weight|conv_offset\.3", name):  # proj_q .. proj_out, the last
+            value = value.flatten(1)  # are 1x1 convolutions (C', C, 1, 1) there, linear layers here
         renamed[our_name(name)] = value
     return renamed
 
@@ -642,7 +646,7 @@ SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "ba
 
 
 def seed_of(*place):
-    """A seed for the draws at one place of a run, made of the words and numbers that name it."""
+    """A seed made of words and numbers: seed_of("image", 0, 17) differs from all others."""
     return random.Random(repr(place)).getrandbits(63)
 
 
@@ -651,7 +655,7 @@ def make_shapes(count, *, seed, side=32):
     Shape: images (count, 3, side, side) uint8, labels (count,), masks (count, side, side) bool."""
     rng = torch.Generator().manual_seed(seed)
 
-    def draw(low, high, *shape):
+    def draw(low, high, *shape):  # uniform, (count, *shape)
         return low + (high - low) * torch.rand(count, *shape, generator=rng)
 
     row, column = torch.arange(side)[:, None] + 0.5, torch.arange(side) + 0.5
@@ -670,14 +674,14 @@ def make_shapes(count, *, seed, side=32):
     u = (x * angle.cos() + y * angle.sin()) / radius  # along the axes of the figure, from -1 to 1
     v = (y * angle.cos() - x * angle.sin()) / radius
     distance, direction = torch.hypot(u, v), torch.atan2(v, u)
-    longer, shorter = u.abs().maximum(v.abs()), u.abs().minimum(v.abs())
+    larger, smaller = u.abs().maximum(v.abs()), u.abs().minimum(v.abs())
     third = 2 * math.pi / 3
     figures = torch.stack([
         distance < 0.9,  # disc
         (distance < 1) & (distance > 0.55),  # ring
-        longer < 0.75,  # square
+        larger < 0.75,  # square
         distance * (direction % third - third / 2).cos() < 0.5,  # triangle: inside its three sides
-        (shorter < 0.28) & (longer < 0.95),  # cross
+        (smaller < 0.28) & (larger < 0.95),  # cross
         distance < 0.7 + 0.3 * (5 * direction).cos(),  # star
         (distance < 1) & (torch.hypot(u - 0.55, v) > 0.75),  # crescent
         (u.abs() < 1) & (v.abs() < 0.3)])  # bar
@@ -754,10 +758,11 @@ def normalise(image, mean, std):  # much faster than v2.ToDtype and v2.Normalize
 
 
 def transform_for(data, size, augment):
-    """From an image to the network's input (3, size, size). `augment`: "none" for tests, "light"
-    for crop and flip, "strong" for RandAugment and random erasing as well."""
+    """From what load_dataset gives, an image or a path, to the network's input (3, size, size).
+    `augment`: "none" (tests), "light" (crop, flip), "strong" (RandAugment, random erasing too)."""
     from torchvision.transforms import InterpolationMode, v2
-    bicubic, steps = InterpolationMode.BICUBIC, [read_image] if data == "imagenet" else []
+    bicubic = InterpolationMode.BICUBIC
+    steps = [read_image] if data == "imagenet" else []
     if data == "imagenet" and augment == "none":  # the release's, which does not keep proportions
         side = size * 256 // 224  # 256 for 224, 438 for 384
         steps += [v2.Resize((side, side), bicubic), v2.CenterCrop(size)]
@@ -767,7 +772,7 @@ def transform_for(data, size, augment):
         steps += [v2.RandomCrop(size, padding=4)]
     if augment != "none":
         steps += [v2.RandomHorizontalFlip()]
-    if augment == "strong":  # strength 9 of 0 to 10
+    if augment == "strong":  # magnitude 9 on a scale from 0 to 10, so 11 bins
         steps += [v2.RandAugment(num_ops=2, magnitude=9, num_magnitude_bins=11)]
     if data == "imagenet":
         steps += [v2.PILToTensor()]
@@ -779,9 +784,9 @@ def transform_for(data, size, augment):
 
 
 class Samples(Dataset):
-    """Transformed images for all epochs of a run. A place counts on from epoch to epoch: at place
-    epoch * len(images) + i stands image i as that epoch sees it. The random draws follow from
-    (seed, place) alone, whichever process or worker makes them."""
+    """The transformed images of all epochs in a row: item number epoch * len(images) + i is image
+    i for that epoch, and these numbers are called places. Each place has its own seed, so that
+    its random draws do not depend on the process or worker that makes them."""
     def __init__(self, images, transform, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
 
@@ -816,11 +821,12 @@ class Recipe:
 
 def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False):
     """The recipe for `data`, with the values that the user has `given` (a dict) in place of its
-    own. For imagenet it is the authors', unless the classes are the user's own (`new_head`)."""
+    own. For imagenet it is the authors' (but not with a new head), and the rate is in proportion
+    to the batch: "lr_of_512" is that of 512 images."""
     if data == "shapes":
         recipe = {"epochs": 4, "batch_size": 64, "lr": 3e-3, "warmup": 0.25}
     elif data != "imagenet" and model == "cifar":
-        recipe = {"epochs": 300, "batch_size": 256, "lr": 1e-3, "warmup": 0.05}
+        recipe = {"epochs": 300, "batch_size": 256, "lr": 1e-3, "warmup": 0.05}  # for a GPU
     elif data != "imagenet":
         recipe = {"epochs": 6, "batch_size": 128, "lr": 2e-3, "warmup": 0.05}
     elif new_head:
@@ -834,10 +840,10 @@ def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False
     else:
         recipe = {"epochs": 300, "batch_size": 1024, "lr_of_512": 5e-4}
     recipe |= given
-    lr_of_512 = recipe.pop("lr_of_512", None)  # the rate for batches of 512 images
+    lr_of_512 = recipe.pop("lr_of_512", None)
     if "lr" not in recipe:
         recipe["lr"] = lr_of_512 * recipe["batch_size"] / 512
-    if data != "imagenet":  # short runs are worse with more: lab/RESULTS.md
+    if data != "imagenet":  # in short runs more lowered the accuracy: lab/RESULTS.md
         recipe |= {"augment": "strong" if recipe["epochs"] >= 60 else "light",
                    "mixed": 0.9 if recipe["epochs"] >= 100 else 0.0}
     recipe.setdefault("micro_batch", largest_micro_batch(recipe["batch_size"], world, data))
@@ -845,16 +851,17 @@ def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False
 
 
 def largest_micro_batch(batch_size, world, data):
-    """The largest that fits memory and gives each of `world` processes as many; 1 if none does."""
+    """The most images at once that fit memory and split the batch evenly among the processes."""
     limit = 128 if data == "imagenet" else 1024
     return max((n for n in range(1, limit + 1) if batch_size % (n * world) == 0), default=1)
 
 
 def learning_rate(update, *, updates, peak, warmup, floor):
-    """Of update 0, 1, .. of `updates`. It rises linearly from peak * floor / 10 to the peak, in the
-    share `warmup` of the updates, then falls to peak * floor as half a cosine [D8]. Short runs
-    warm up for at least 50 updates, or a quarter of all if that is less."""
-    warm = max(int(updates * warmup), min(50, updates // 4)) if warmup else 0
+    """The rate of `update` 0, 1, .. of `updates`: it rises from peak * floor / 10 to the peak in
+    the share `warmup` of the updates, then falls to peak * floor along half a cosine [D8]."""
+    warm = int(updates * warmup)
+    if warmup > 0:  # short runs need at least 50 updates, or a quarter of all
+        warm = max(warm, min(50, updates // 4))
     if update < warm:
         return peak * (floor / 10 + (1 - floor / 10) * update / warm)
     progress = (update - warm) / (updates - warm)
@@ -888,7 +895,7 @@ def write_atomically(path, content):
 def save(folder, model, optimizer, scaler, recipe, history, classes):
     """last.pt, from which a run resumes, and metrics.csv, a line an epoch."""
     mean, std = mean_and_std(recipe.data)
-    # Those of convolutions are channels-last in training, which other programs may refuse.
+    # In training, weights of convolutions are channels-last, which safetensors refuses.
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     file = io.BytesIO()
     torch.save({"model": weights, "config": asdict(model.config), "classes": classes,
@@ -901,40 +908,40 @@ def save(folder, model, optimizer, scaler, recipe, history, classes):
 
 
 def load_checkpoint(path):
-    """What a file of weights holds, a dict. "model": the weights, of last.pt, a state dict or the
-    authors' file; if it is last.pt, "config", "classes" and more. Raises: InputError."""
+    """What a file holds, a dict: "model", the weights by our names, from last.pt, a state dict or
+    the authors' file; "geometry"; if it is last.pt also "config", "classes", "recipe" and what a
+    run needs to go on. Raises: InputError."""
     expect(Path(path).exists(), f"{path} does not exist: expected a file of weights")
-    try:  # the authors' files hold settings too, a CfgNode of yacs: read as an OrderedDict
+    try:  # the authors' files hold settings too, of the class CfgNode: OrderedDict stands in
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, all about this file
         raise InputError(f"{path} is damaged, or no file of weights: {error}") from None
     weights = found.get("model", found) if isinstance(found, dict) else {}
-    expect(isinstance(weights, dict) and weights and all(
-        isinstance(name, str) and torch.is_tensor(w) for name, w in weights.items()),
-        f"{path} holds no weights: expected last.pt of dat.py, a state dict or the authors' file")
-    checkpoint = {"config": None, "classes": None, "geometry": "paper", "recipe": {}}
+    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    expect(named and weights and all(map(torch.is_tensor, weights.values())),
+           f"{path} holds no weights: expected last.pt of dat.py, a state dict or the authors' file")
+    checkpoint = {"geometry": "paper", "config": None, "classes": None, "recipe": {}}
     try:
         if any("patch_proj." in name for name in weights):
             checkpoint["geometry"] = "release"
         elif "config" in found:
             config, classes = DATConfig(**found["config"]), tuple(found["classes"])
-            checkpoint = found | {"config": config, "classes": classes, "geometry": config.geometry,
-                                  "recipe": dict(found["recipe"])}
+            checkpoint = found | {"geometry": config.geometry, "config": config,
+                                  "classes": classes, "recipe": dict(found["recipe"])}
         return checkpoint | {"model": rename_weights(weights)}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} does not hold what it should: {error}") from None
 
 
 def make_model(name, data, classes, checkpoint=None):
-    """A new model for these classes: the variant `name`, or, as its fields may differ, what a
-    checkpoint calls so."""
+    """A new model for these classes: the variant `name`, in the geometry of the checkpoint. If the
+    checkpoint is of that variant, its own configuration counts."""
+    config = VARIANTS.get(name)
     if checkpoint and checkpoint["recipe"].get("model") == name:
         config = checkpoint["config"]
-    else:
-        config = VARIANTS[name]
-    size = config.image_size if data == "imagenet" else 32
     geometry = checkpoint["geometry"] if checkpoint else config.geometry
+    size = config.image_size if data == "imagenet" else 32
     return DAT(replace(config, classes=len(classes), image_size=size, geometry=geometry))
 
 
@@ -953,7 +960,7 @@ def adapt(weights, model, keep_head):
     for name, own in model.state_dict().items():
         if name.startswith("head.") and not keep_head:
             adapted[name] = own
-        elif name.endswith("table") and own.ndim == 3 and name in weights:
+        elif name.endswith("table") and own.ndim == 3 and name in weights:  # not "fixed" tables
             adapted[name] = resize(weights[name], own.shape[1:])
     return adapted
 
@@ -976,7 +983,8 @@ def micro_batches(count, recipe, machine, first_epoch):
     for epoch in range(first_epoch, recipe.epochs):
         rng = torch.Generator().manual_seed(seed_of("order", recipe.seed, epoch))
         order = epoch * count + torch.randperm(count, generator=rng)
-        for batch in order.split(recipe.batch_size)[:count // recipe.batch_size]:  # whole ones
+        for batch in order.split(recipe.batch_size)[:count // recipe.batch_size]:
+            # A last batch that is smaller is left out. The processes take micro-batches in turn.
             for places in batch.split(recipe.micro_batch)[machine.rank::machine.world]:
                 yield places.tolist()
 
@@ -1021,8 +1029,9 @@ class Progress:
     `steps`: updates an epoch. `test_images`: their number."""
     def __init__(self, recipe, steps, first_epoch, test_images):
         self.recipe, self.steps, self.first_epoch = recipe, steps, first_epoch
-        # A test image costs about a third of a training image: there is no backward pass.
-        self.epoch_cost = steps + test_images / 3 / recipe.batch_size  # in updates
+        # The time of an epoch with its test, in updates. An image to test on takes about a third
+        # of one to train on: there is no backward pass.
+        self.epoch_cost = steps + test_images / 3 / recipe.batch_size
         self.start = time.monotonic()
         self.begin_line()
 
@@ -1041,9 +1050,10 @@ class Progress:
         speed = len(self.losses) * recipe.batch_size / (now - self.line_start)
         done = (epoch - self.first_epoch) * self.epoch_cost + step + 1
         left = (recipe.epochs - self.first_epoch) * self.epoch_cost - done
-        left = timedelta(seconds=round((now - self.start) / done * left))
+        left = round((now - self.start) / done * left)  # in seconds
         print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{self.steps}  "
-              f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  {left} left", flush=True)
+              f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  "
+              f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
         self.begin_line()
 
 
@@ -1058,11 +1068,12 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
         history = resumed["history"]
-    forward = torch.compile(model, fullgraph=True) if compiles else model
+    forward = torch.compile(model, fullgraph=True) if compiles else model  # calls the model
     if machine.world > 1:
         forward = nn.parallel.DistributedDataParallel(forward)
     samples = Samples(train_images, transform_for(recipe.data, size, recipe.augment), recipe.seed)
     places = micro_batches(len(train_images), recipe, machine, len(history))
+    # One iterator for all epochs: workers start once.
     batches = iter(DataLoader(samples, batch_sampler=places, num_workers=machine.workers))
     tests = test_loader(recipe.data, test_images, size, machine)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(classes)),
@@ -1086,10 +1097,11 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
             for i in range(accumulate):
                 images, labels = (t.to(device) for t in next(batches))
                 index = i * machine.world + machine.rank  # of this micro-batch in the batch
-                torch.manual_seed(seed_of("update", recipe.seed, update, index))
+                torch.manual_seed(seed_of("update", recipe.seed, update, index))  # mix, drop path
                 if update < recipe.mixed * updates:
                     images, labels = mix(images, labels)
-                forward.require_backward_grad_sync = i == accumulate - 1  # DDP: once an update
+                # DistributedDataParallel exchanges gradients only after the last micro-batch.
+                forward.require_backward_grad_sync = i == accumulate - 1
                 with machine.autocast(recipe.dtype):
                     loss = F.cross_entropy(forward(images), labels, label_smoothing=0.1)
                 scaler.scale(loss / accumulate).backward()
@@ -1128,10 +1140,11 @@ def dtype_for(choice, device):
 
 def start_machine(args):
     """The device and the processes of this run; joins those of torchrun. Raises: InputError."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     rank, local_rank, world = 0, 0, 1
-    if all(name in os.environ for name in names):  # a cluster may set some of them
-        rank, local_rank, world = (int(os.environ[name]) for name in names[:3])
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if names <= os.environ.keys():  # torchrun sets all; a cluster may set some for one process
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        world = int(os.environ["WORLD_SIZE"])
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
             "cpu": True}
     kind = next(name for name in here if here[name]) if args.device == "auto" else args.device
@@ -1154,14 +1167,14 @@ def start_machine(args):
     return Machine(torch.device(kind), rank, world, workers)
 
 
-def load_data(machine, *what):
-    """load_dataset, where the other processes wait until process 0 has downloaded the data."""
+def load_data(machine, name, root, split):
+    """load_dataset in all processes: first in process 0, which downloads what is missing."""
     if machine.rank > 0:
-        dist.barrier()  # until process 0 comes to the one below
+        dist.barrier()  # waits for process 0, which meets this at its own barrier below
     try:
-        return load_dataset(*what)
-    finally:
-        if machine.world > 1 and machine.rank == 0:
+        return load_dataset(name, root, split)
+    finally:  # also if process 0 failed: the others then fail alike
+        if machine.rank == 0 and machine.world > 1:
             dist.barrier()
 
 
@@ -1171,15 +1184,17 @@ def default_model(data, device):
 
 
 def run_evaluation(args, given, machine):
+    """--eval. `given`: the flags of a recipe that the user gave, by the names of its fields."""
     checkpoint = load_checkpoint(args.checkpoint)
     images, classes = load_data(machine, args.eval, args.data, "test")
     expect(checkpoint["classes"] in (None, classes),
            f"{args.checkpoint} is for other classes than those of {args.eval} in {args.data}")
     trained = checkpoint["recipe"]
     name = given.get("model", trained.get("model", default_model(args.eval, machine.device)))
-    # A half type is this machine's own: what suited the training may be slow here.
-    choice = given.get("dtype", "float32" if trained.get("dtype") == "float32" else "auto")
-    dtype = dtype_for(choice, machine.device)
+    # float32 stays. Of the half types, that of the training may be slow on this machine.
+    in_float32 = trained.get("dtype") == "float32" or trained.get("float32")  # or an earlier file
+    choice = "float32" if in_float32 else "auto"
+    dtype = dtype_for(given.get("dtype", choice), machine.device)
     model = make_model(name, args.eval, classes, checkpoint)
     load_weights(model, checkpoint["model"], args.checkpoint)
     tests = test_loader(args.eval, images, model.config.image_size, machine)
@@ -1202,73 +1217,77 @@ def new_folder(out, data):
             n += 1
 
 
-def load_run(folder, given):
-    """The checkpoint of a run to resume, and its recipe. Raises: InputError."""
-    path = Path(folder, "last.pt")
-    expect(Path(folder).is_dir(), f"--out {folder} is no folder of a run to resume")
-    expect(path.exists(), f"{folder}: nothing is saved yet, no epoch had ended; start a new run")
+def new_run(args, given, classes, machine):
+    """The recipe and the model of a new run, with the weights of --checkpoint if there is one."""
+    checkpoint, keep_head, trained = None, True, {}
+    if args.checkpoint:
+        checkpoint = load_checkpoint(args.checkpoint)
+        keep_head, trained = keeps_head(checkpoint, classes), checkpoint["recipe"]
+    settings = {"dtype": dtype_for("auto", machine.device)} | given
+    default = trained.get("model", default_model(args.train, machine.device))
+    name = settings.pop("model", default)
+    recipe = recipe_for(args.train, name, settings, world=machine.world,
+                        fine_tuning=checkpoint is not None, new_head=not keep_head)
+    torch.manual_seed(recipe.seed)
+    model = make_model(name, args.train, classes, checkpoint)
+    if checkpoint:
+        load_weights(model, adapt(checkpoint["model"], model, keep_head), args.checkpoint)
+    if not keep_head:
+        print(f"head: {len(checkpoint['model'].get('head.bias', ()))} -> {len(classes)} classes, "
+              "starts anew", flush=True)
+    return recipe, model
+
+
+def resumed_run(args, given, classes):
+    """The recipe, the model and the checkpoint of the run in --out."""
+    path = Path(args.out, "last.pt")
+    expect(Path(args.out).is_dir(), f"--out {args.out} is no folder of a run to resume")
+    expect(path.exists(), f"{args.out}: nothing is saved yet, no epoch had ended; start a new run")
     checkpoint = load_checkpoint(path)
     try:
         recipe = Recipe(**checkpoint["recipe"])
-        checkpoint["optimizer"], checkpoint["scaler"], checkpoint["history"]
-    except (TypeError, KeyError):
+    except TypeError:
         raise InputError(f"{path} is no run of this version of dat.py: to start from its weights, "
                          "use --checkpoint") from None
-    for name, value in given.items():
+    expect({"optimizer", "scaler", "history"} <= checkpoint.keys(), f"{path} holds no whole run")
+    for name, value in {"data": args.train, **given}.items():
         flag = "--train" if name == "data" else f"--{name.replace('_', '-')}"
         expect(value == getattr(recipe, name),
                f"{path} has {flag} {getattr(recipe, name)}, not {value}: omit the flag")
-    return checkpoint, recipe
+    expect(keeps_head(checkpoint, classes), f"{path} is for other classes than those of --data")
+    model = make_model(recipe.model, args.train, classes, checkpoint)
+    load_weights(model, checkpoint["model"], path)
+    return recipe, model, checkpoint
 
 
 def run_training(args, given, machine):
-    """A new run, or one to resume. What can be wrong is found before anything is written."""
-    checkpoint = resumed = None
-    if args.resume:
-        resumed, recipe = load_run(args.out, given | {"data": args.train})
-        checkpoint = resumed
-    elif args.checkpoint:
-        checkpoint = load_checkpoint(args.checkpoint)
+    """--train. What can be wrong is found before anything is written. `given`: see above."""
     train_images, classes = load_data(machine, args.train, args.data, "train")
     test_images, test_classes = load_data(machine, args.train, args.data, "test")
     expect(classes == test_classes, f"--data {args.data}: train/ and val/ differ in the classes "
                                     f"{sorted({*classes} ^ {*test_classes})[:3]}")
-    keep_head = checkpoint is None or keeps_head(checkpoint, classes)
-    expect(keep_head or not resumed, f"{args.out} was trained on other classes than --data has")
-    if not resumed:
-        trained = checkpoint["recipe"] if checkpoint else {}
-        name = given.pop("model", trained.get("model", default_model(args.train, machine.device)))
-        given = {"dtype": dtype_for("auto", machine.device)} | given
-        recipe = recipe_for(args.train, name, given, world=machine.world,
-                            fine_tuning=checkpoint is not None, new_head=not keep_head)
-    batch, pieces = recipe.batch_size, recipe.micro_batch * machine.world
+    resumed, folder = None, args.out
+    if args.resume:
+        recipe, model, resumed = resumed_run(args, given, classes)
+    else:
+        recipe, model = new_run(args, given, classes, machine)
+    batch, at_once = recipe.batch_size, recipe.micro_batch * machine.world
     expect(batch <= len(train_images), f"--batch-size {batch} is more than the "
            f"{len(train_images):,} images to train on: choose a smaller one")
-    expect(batch % pieces == 0, f"--batch-size {batch} is no multiple of --micro-batch "
+    expect(batch % at_once == 0, f"--batch-size {batch} is no multiple of --micro-batch "
            f"{recipe.micro_batch} in each of {machine.world} processes")
-
-    torch.manual_seed(recipe.seed)
-    model = make_model(recipe.model, args.train, classes, checkpoint)
-    if resumed:
-        load_weights(model, resumed["model"], args.out)
-    elif checkpoint:
-        load_weights(model, adapt(checkpoint["model"], model, keep_head), args.checkpoint)
     model.to(machine.device)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # its gradients are channels-last: DDP wants one layout
+        if isinstance(module, nn.Conv2d):  # as its gradients are, or DistributedDataParallel warns
             module.to(memory_format=torch.channels_last)
-    folder = args.out  # which process 0 alone uses
-    if machine.rank == 0 and not resumed:
-        folder = new_folder(args.out, args.train)
+    if machine.rank == 0 and not args.resume:
+        folder = new_folder(args.out, args.train)  # the others need no folder
     print(f"{len(train_images):,} images to train on, {len(test_images):,} to test on; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{machine.world} x {machine.device.type}; into {folder}/\n{recipe}", flush=True)
-    if not keep_head:
-        print(f"head: {len(checkpoint['model'].get('head.bias', ()))} -> {len(classes)} classes, "
-              "starts anew", flush=True)
-
     start = ["python"] if machine.world == 1 else ["torchrun", "--nproc-per-node", machine.world]
-    command = shlex.join(map(str, [*start, "dat.py", "--data", args.data]))
+    flags = ["--data", args.data, "--device", args.device]
+    command = shlex.join(map(str, [*start, "dat.py", *flags]))
     try:
         history = train(model, train_images, test_images, classes, recipe, machine, folder,
                         resumed, args.compile)
@@ -1292,9 +1311,10 @@ def read_flags(arguments):
     parser = argparse.ArgumentParser("dat.py", usage=argparse.SUPPRESS, description=(
         "Train or test a Vision Transformer with Deformable Attention. Without any data: "
         "python dat.py --train shapes"))
-    flag, task = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--train", choices=DATA, help="data to train on")
     task.add_argument("--eval", choices=DATA, help="data to test --checkpoint on")
+    flag = parser.add_argument
     flag("--data", default="data", help="folder of CIFAR, or of train/<class>/ and val/<class>/")
     flag("--checkpoint", help="weights to test or to start from: last.pt, or the authors' file")
     flag("--out", help="folder of the run; default: runs/<data>-<n>")
@@ -1303,16 +1323,17 @@ def read_flags(arguments):
     flag("--workers", type=lambda text: whole_number(text, 0),
          help="processes that load images; default: the processors with a GPU, else 0")
     flag("--compile", action="store_true", help="use torch.compile")
-    own = {"default": argparse.SUPPRESS}  # then a flag that is not given leaves no value
-    flag("--model", choices=VARIANTS, help="default: what suits the data", **own)
+    # The fields of a recipe: what the user does not give is absent from args, not None.
+    given = {"default": argparse.SUPPRESS}
+    flag("--model", choices=VARIANTS, help="default: what suits the data", **given)
     flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
-         help="type of autocast; auto: what the hardware multiplies fast", **own)
-    flag("--epochs", type=whole_number, help="times that all images are seen", **own)
-    flag("--batch-size", type=whole_number, help="images an update, in all processes", **own)
-    flag("--micro-batch", type=whole_number, help="images at once: fewer need less memory", **own)
-    flag("--lr", type=float, help="highest learning rate", **own)
+         help="type of autocast; auto: what the hardware multiplies fast", **given)
+    flag("--epochs", type=whole_number, help="times that all images are seen", **given)
+    flag("--batch-size", type=whole_number, help="images an update, in all processes", **given)
+    flag("--micro-batch", type=whole_number, help="images at once: fewer need less memory", **given)
+    flag("--lr", type=float, help="highest learning rate", **given)
     flag("--seed", type=lambda text: whole_number(text, 0),
-         help="of all that is random; default: 0", **own)
+         help="of all that is random; default: 0", **given)
     args = parser.parse_args(arguments or ["--help"])
     names = ("model", "dtype", "epochs", "batch_size", "micro_batch", "lr", "seed")
     given = {name: value for name, value in vars(args).items() if name in names}
@@ -1337,16 +1358,16 @@ def main(arguments=None):
         run(args, given, start_machine(args))
         return 0
     except KeyboardInterrupt as stop:
-        print(f"dat.py: stopped; {stop}", file=sys.stderr)
+        print(f"dat.py: stopped; {stop or 'nothing was written'}", file=sys.stderr)
         return 130
     except (InputError, OSError) as error:
-        # An error in a worker arrives with its traceback as text: our words follow its name.
+        # An error from a DataLoader's worker is a traceback as text: our words follow its name.
         message = " ".join(str(error).rpartition("InputError: ")[2].split())
         print(f"dat.py: {message:.400}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
-            gc.collect()  # DistributedDataParallel must be gone before its process group
+            gc.collect()  # frees DistributedDataParallel, which must go before its process group
             dist.destroy_process_group()
 
 

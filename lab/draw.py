@@ -186,6 +186,8 @@ def main(parser):
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in statistics)
     images = ((image / 255 - mean) / std)[None]
     views = inspect(model, images)
+    if not views:
+        raise dat.InputError(f"{args.checkpoint} has no deformable block, so no points to draw")
     last = {view.reference.shape: view for view in views}  # of each resolution
     chosen = [view for shape, view in last.items() if min(shape[:2]) > 2][-2:] or views[-1:]
     with torch.no_grad():
