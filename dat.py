@@ -40,6 +40,7 @@ Departures from the paper (P) and from its authors' code, "the release", commit 
 import argparse
 import gc
 import io
+import itertools
 import math
 import os
 import pickle
@@ -406,10 +407,11 @@ class DATConfig:
     position: str = "relative"  # or, as ablations, "fixed" or "none" [D5]
 
     def __post_init__(self):
-        expect(isinstance(self.stages, (tuple, list)) and self.stages,
-               f"stages={self.stages!r}: expected a StageConfig or more, in a tuple")
+        stages = self.stages if isinstance(self.stages, (tuple, list)) else ()
         # Stages from a file are dicts. Lists are taken as tuples.
-        stages = tuple(StageConfig(**s) if isinstance(s, dict) else s for s in self.stages)
+        stages = tuple(StageConfig(**s) if isinstance(s, dict) else s for s in stages)
+        expect(stages and all(isinstance(stage, StageConfig) for stage in stages),
+               f"stages={self.stages!r}: expected a StageConfig or more, in a tuple")
         size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
         object.__setattr__(self, "stages", stages)  # as the dataclass is frozen
         object.__setattr__(self, "image_size", size)
@@ -846,14 +848,11 @@ def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False
     if data != "imagenet":  # in short runs more lowered the accuracy: lab/RESULTS.md
         recipe |= {"augment": "strong" if recipe["epochs"] >= 60 else "light",
                    "mixed": 0.9 if recipe["epochs"] >= 100 else 0.0}
-    recipe.setdefault("micro_batch", largest_micro_batch(recipe["batch_size"], world, data))
+    if "micro_batch" not in recipe:  # the largest that fits memory and all processes
+        largest = 128 if data == "imagenet" else 1024
+        sizes = [n for n in range(1, largest + 1) if recipe["batch_size"] % (n * world) == 0]
+        recipe["micro_batch"] = max(sizes, default=1)
     return Recipe(data=data, model=model, **recipe)
-
-
-def largest_micro_batch(batch_size, world, data):
-    """The most images at once that fit memory and split the batch evenly among the processes."""
-    limit = 128 if data == "imagenet" else 1024
-    return max((n for n in range(1, limit + 1) if batch_size % (n * world) == 0), default=1)
 
 
 def learning_rate(update, *, updates, peak, warmup, floor):
@@ -1178,9 +1177,8 @@ def load_data(machine, name, root, split):
             dist.barrier()
 
 
-def default_model(data, device):
-    small = "cifar" if device.type == "cuda" else "cifar-nano"
-    return {"imagenet": "dat-t", "shapes": "cifar-nano"}.get(data, small)
+def default_model(data):
+    return "dat-t" if data == "imagenet" else "cifar-nano"
 
 
 def run_evaluation(args, given, machine):
@@ -1190,11 +1188,8 @@ def run_evaluation(args, given, machine):
     expect(checkpoint["classes"] in (None, classes),
            f"{args.checkpoint} is for other classes than those of {args.eval} in {args.data}")
     trained = checkpoint["recipe"]
-    name = given.get("model", trained.get("model", default_model(args.eval, machine.device)))
-    # float32 stays. Of the half types, that of the training may be slow on this machine.
-    in_float32 = trained.get("dtype") == "float32" or trained.get("float32")  # or an earlier file
-    choice = "float32" if in_float32 else "auto"
-    dtype = dtype_for(given.get("dtype", choice), machine.device)
+    name = given.get("model", trained.get("model", default_model(args.eval)))
+    dtype = dtype_for(given.get("dtype", trained.get("dtype", "auto")), machine.device)
     model = make_model(name, args.eval, classes, checkpoint)
     load_weights(model, checkpoint["model"], args.checkpoint)
     tests = test_loader(args.eval, images, model.config.image_size, machine)
@@ -1208,41 +1203,19 @@ def new_folder(out, data):
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         return Path(out)
-    n = 1
-    while True:
+    for n in itertools.count(1):
         try:
             Path(f"runs/{data}-{n}").mkdir(parents=True)
             return Path(f"runs/{data}-{n}")
         except FileExistsError:
-            n += 1
+            pass
 
 
-def new_run(args, given, classes, machine):
-    """The recipe and the model of a new run, with the weights of --checkpoint if there is one."""
-    checkpoint, keep_head, trained = None, True, {}
-    if args.checkpoint:
-        checkpoint = load_checkpoint(args.checkpoint)
-        keep_head, trained = keeps_head(checkpoint, classes), checkpoint["recipe"]
-    settings = {"dtype": dtype_for("auto", machine.device)} | given
-    default = trained.get("model", default_model(args.train, machine.device))
-    name = settings.pop("model", default)
-    recipe = recipe_for(args.train, name, settings, world=machine.world,
-                        fine_tuning=checkpoint is not None, new_head=not keep_head)
-    torch.manual_seed(recipe.seed)
-    model = make_model(name, args.train, classes, checkpoint)
-    if checkpoint:
-        load_weights(model, adapt(checkpoint["model"], model, keep_head), args.checkpoint)
-    if not keep_head:
-        print(f"head: {len(checkpoint['model'].get('head.bias', ()))} -> {len(classes)} classes, "
-              "starts anew", flush=True)
-    return recipe, model
-
-
-def resumed_run(args, given, classes):
-    """The recipe, the model and the checkpoint of the run in --out."""
-    path = Path(args.out, "last.pt")
-    expect(Path(args.out).is_dir(), f"--out {args.out} is no folder of a run to resume")
-    expect(path.exists(), f"{args.out}: nothing is saved yet, no epoch had ended; start a new run")
+def load_run(folder, given):
+    """The checkpoint of a run to resume, and its recipe, which the flags must agree with."""
+    path = Path(folder, "last.pt")
+    expect(Path(folder).is_dir(), f"--out {folder} is no folder of a run to resume")
+    expect(path.exists(), f"{folder}: nothing is saved yet, no epoch had ended; start a new run")
     checkpoint = load_checkpoint(path)
     try:
         recipe = Recipe(**checkpoint["recipe"])
@@ -1250,52 +1223,69 @@ def resumed_run(args, given, classes):
         raise InputError(f"{path} is no run of this version of dat.py: to start from its weights, "
                          "use --checkpoint") from None
     expect({"optimizer", "scaler", "history"} <= checkpoint.keys(), f"{path} holds no whole run")
-    for name, value in {"data": args.train, **given}.items():
+    for name, value in given.items():
         flag = "--train" if name == "data" else f"--{name.replace('_', '-')}"
         expect(value == getattr(recipe, name),
                f"{path} has {flag} {getattr(recipe, name)}, not {value}: omit the flag")
-    expect(keeps_head(checkpoint, classes), f"{path} is for other classes than those of --data")
-    model = make_model(recipe.model, args.train, classes, checkpoint)
-    load_weights(model, checkpoint["model"], path)
-    return recipe, model, checkpoint
+    return checkpoint, recipe
 
 
 def run_training(args, given, machine):
     """--train. What can be wrong is found before anything is written. `given`: see above."""
+    checkpoint = None
+    if args.resume:
+        checkpoint, recipe = load_run(args.out, {"data": args.train, **given})
+    elif args.checkpoint:
+        checkpoint = load_checkpoint(args.checkpoint)
     train_images, classes = load_data(machine, args.train, args.data, "train")
     test_images, test_classes = load_data(machine, args.train, args.data, "test")
     expect(classes == test_classes, f"--data {args.data}: train/ and val/ differ in the classes "
                                     f"{sorted({*classes} ^ {*test_classes})[:3]}")
-    resumed, folder = None, args.out
+    keep_head = checkpoint is None or keeps_head(checkpoint, classes)
     if args.resume:
-        recipe, model, resumed = resumed_run(args, given, classes)
+        expect(keep_head, f"{args.out} is for other classes than those of --data {args.data}")
     else:
-        recipe, model = new_run(args, given, classes, machine)
+        trained = checkpoint["recipe"] if checkpoint else {}
+        default = {"model": trained.get("model", default_model(args.train)),
+                   "dtype": dtype_for("auto", machine.device)}
+        settings = default | given
+        recipe = recipe_for(args.train, settings.pop("model"), settings, world=machine.world,
+                            fine_tuning=checkpoint is not None, new_head=not keep_head)
     batch, at_once = recipe.batch_size, recipe.micro_batch * machine.world
     expect(batch <= len(train_images), f"--batch-size {batch} is more than the "
            f"{len(train_images):,} images to train on: choose a smaller one")
     expect(batch % at_once == 0, f"--batch-size {batch} is no multiple of --micro-batch "
            f"{recipe.micro_batch} in each of {machine.world} processes")
+    torch.manual_seed(recipe.seed)
+    model = make_model(recipe.model, args.train, classes, checkpoint)
+    if args.resume:
+        load_weights(model, checkpoint["model"], args.out)
+    elif checkpoint:
+        load_weights(model, adapt(checkpoint["model"], model, keep_head), args.checkpoint)
     model.to(machine.device)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # as its gradients are, or DistributedDataParallel warns
             module.to(memory_format=torch.channels_last)
+    folder = args.out
     if machine.rank == 0 and not args.resume:
         folder = new_folder(args.out, args.train)  # the others need no folder
     print(f"{len(train_images):,} images to train on, {len(test_images):,} to test on; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{machine.world} x {machine.device.type}; into {folder}/\n{recipe}", flush=True)
+    if not keep_head:
+        print(f"head: {len(checkpoint['model'].get('head.bias', ()))} -> {len(classes)} classes, "
+              "starts anew", flush=True)
     start = ["python"] if machine.world == 1 else ["torchrun", "--nproc-per-node", machine.world]
     flags = ["--data", args.data, "--device", args.device]
     command = shlex.join(map(str, [*start, "dat.py", *flags]))
     try:
         history = train(model, train_images, test_images, classes, recipe, machine, folder,
-                        resumed, args.compile)
+                        checkpoint if args.resume else None, args.compile)
     except KeyboardInterrupt:
-        hint = "no epoch had ended: nothing is saved"
+        hint = "; no epoch had ended: nothing is saved"
         if Path(f"{folder}/last.pt").exists():
-            hint = f"go on with: {command} --train {args.train} --resume --out {folder}"
-        raise KeyboardInterrupt(hint) from None
+            hint = f"; go on with: {command} --train {args.train} --resume --out {folder}"
+        raise KeyboardInterrupt(hint if machine.rank == 0 else "") from None
     print(f"finished: test {percent(history[-1], classes)}, {folder}/last.pt; to test it again:\n"
           f"{command} --eval {args.train} --checkpoint {folder}/last.pt")
 
@@ -1358,7 +1348,7 @@ def main(arguments=None):
         run(args, given, start_machine(args))
         return 0
     except KeyboardInterrupt as stop:
-        print(f"dat.py: stopped; {stop or 'nothing was written'}", file=sys.stderr)
+        print(f"dat.py: stopped{stop}", file=sys.stderr)
         return 130
     except (InputError, OSError) as error:
         # An error from a DataLoader's worker is a traceback as text: our words follow its name.
