@@ -919,7 +919,7 @@ def load_checkpoint(path):
     weights = found.get("model", found) if isinstance(found, dict) else {}
     named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
     expect(named and weights and all(map(torch.is_tensor, weights.values())),
-           f"{path} holds no weights: expected last.pt of dat.py, a state dict or the authors' file")
+           f"{path} holds no weights: expected last.pt, a state dict or the authors' file")
     checkpoint = {"geometry": "paper", "config": None, "classes": None, "recipe": {}}
     try:
         if any("patch_proj." in name for name in weights):
@@ -1182,7 +1182,7 @@ def default_model(data):
 
 
 def run_evaluation(args, given, machine):
-    """--eval. `given`: the flags of a recipe that the user gave, by the names of its fields."""
+    """--eval. `given`: fields of a recipe that the user set by flags."""
     checkpoint = load_checkpoint(args.checkpoint)
     images, classes = load_data(machine, args.eval, args.data, "test")
     expect(checkpoint["classes"] in (None, classes),
@@ -1231,7 +1231,8 @@ def load_run(folder, given):
 
 
 def run_training(args, given, machine):
-    """--train. What can be wrong is found before anything is written. `given`: see above."""
+    """--train: a new run or one to resume. What can be wrong is found before anything is written.
+    `given`: fields of a recipe that the user set by flags."""
     checkpoint = None
     if args.resume:
         checkpoint, recipe = load_run(args.out, {"data": args.train, **given})
@@ -1297,7 +1298,8 @@ def whole_number(text, least=1):
 
 
 def read_flags(arguments):
-    """The flags, and a dict of those that were given of a recipe. A mistake ends the program."""
+    """All flags, and a dict of those that set fields of a recipe and were given. A mistake ends
+    the program."""
     parser = argparse.ArgumentParser("dat.py", usage=argparse.SUPPRESS, description=(
         "Train or test a Vision Transformer with Deformable Attention. Without any data: "
         "python dat.py --train shapes"))
@@ -1313,17 +1315,17 @@ def read_flags(arguments):
     flag("--workers", type=lambda text: whole_number(text, 0),
          help="processes that load images; default: the processors with a GPU, else 0")
     flag("--compile", action="store_true", help="use torch.compile")
-    # The fields of a recipe: what the user does not give is absent from args, not None.
-    given = {"default": argparse.SUPPRESS}
-    flag("--model", choices=VARIANTS, help="default: what suits the data", **given)
+    # Fields of a recipe: a flag that is not given is absent from args.
+    absent = {"default": argparse.SUPPRESS}
+    flag("--model", choices=VARIANTS, help="default: what suits the data", **absent)
     flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
-         help="type of autocast; auto: what the hardware multiplies fast", **given)
-    flag("--epochs", type=whole_number, help="times that all images are seen", **given)
-    flag("--batch-size", type=whole_number, help="images an update, in all processes", **given)
-    flag("--micro-batch", type=whole_number, help="images at once: fewer need less memory", **given)
-    flag("--lr", type=float, help="highest learning rate", **given)
+         help="type of autocast; auto: what the hardware multiplies fast", **absent)
+    flag("--epochs", type=whole_number, help="times that all images are seen", **absent)
+    flag("--batch-size", type=whole_number, help="images an update, in all processes", **absent)
+    flag("--micro-batch", type=whole_number, help="images at once: fewer need less memory", **absent)
+    flag("--lr", type=float, help="highest learning rate", **absent)
     flag("--seed", type=lambda text: whole_number(text, 0),
-         help="of all that is random; default: 0", **given)
+         help="of all that is random; default: 0", **absent)
     args = parser.parse_args(arguments or ["--help"])
     names = ("model", "dtype", "epochs", "batch_size", "micro_batch", "lr", "seed")
     given = {name: value for name, value in vars(args).items() if name in names}
