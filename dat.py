@@ -25,8 +25,8 @@ Symbols. Modules pass maps as (B, H, W, C):
 
 Departures from the paper (P) and from its authors' code, "the release", commit 566a593 (R):
 
-    [D1] R: geometry="paper" puts points and queries where the paper does; in "release", which
-         published weights need and load_official sets, they are closer to the map's middle.
+    [D1] R: in geometry="paper" the outer points start on the outer pixels. In "release", which
+         published weights need and load_official sets, they start half a cell inside.
     [D2] P, R: any image size. Zeros fill up patches and windows; attention does not see them.
          Position tables are resized.
     [D3] P: windows are shifted by ceil(w / 2), as in the release (Swin: floor).
@@ -140,8 +140,8 @@ def ceil_div(a, b):
 
 
 def reference_coordinates(count, length, geometry, like):
-    """Where `count` reference points stand on an axis of `length` px; with count = length, where
-    the queries stand. Paper: Sec. 3.2. Shape: (count,), with the type and device of `like`.
+    """Where `count` reference points stand on an axis of `length` px. Queries stand at those of
+    count = length. Paper: Sec. 3.2. Shape: (count,), with the type and device of `like`.
     "paper": evenly from the first pixel's centre to the last's; a single point in the middle.
     "release": the middles of `count` equal parts of the line between those centres [D1]."""
     i = torch.arange(count, dtype=like.dtype, device=like.device)
@@ -151,35 +151,34 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far one of `count` points may move along an axis of `length` px: s / 2 cells.
-    The paper gives s no unit (Sec. 3.2). The release divides an axis from -1 to 1 into `count`
-    cells of length 2 / count; offsets are at most s / count. In px a cell is length / count, or
-    (length - 1) / count in "release", whose -1 and 1 are centres of pixels [D1]."""
-    cell = (length if geometry == "paper" else length - 1) / count
-    return offset_range / 2 * cell
+    """How far one of `count` points may move along an axis of `length` px: s / 2 cells, where a
+    cell is the part of the axis that a point has, length / count px. (The paper gives s no unit.
+    The release's axis is length - 1 px long, from the first pixel's centre to the last's [D1].)"""
+    length = length if geometry == "paper" else length - 1
+    return offset_range / 2 * length / count
 
 
 def bilinear_sample(maps, points):
     """phi(z; p): maps read between their pixels (g is bilinear), with zeros outside. Paper: Eq. 8.
-    Shape: maps (B, C, H, W), points (B, rows, columns, 2) -> (B, C, rows, columns).
-    Units: points are (y, x) in px. Computed in their type; the result has the type of the maps."""
+    Shape: maps (B, C, H, W), points (B, .., 2) -> (B, C, ..). Units: points are (y, x) in px.
+    Computed in their type; the result has the type of the maps."""
     return sample_at(maps, *points.unbind(-1))
 
 
 def sample_at(maps, y, x):
-    """bilinear_sample, with y and x as two tensors that broadcast to (B, rows, columns). They may
-    have a further axis: that of rows is then two axes, which the result has as one."""
-    H, W = maps.shape[-2:]
+    """bilinear_sample with y and x apart. Shape: y and x broadcast to (B, ..) -> (B, C, ..)."""
+    (B, C, H, W) = maps.shape
     # grid_sample takes (x, y). With align_corners=False, -1 and 1 are the outer edges of the map,
     # half a pixel beyond 0 and H - 1. (With True they are 0 and H - 1, which fails if H = 1.)
     y, x = torch.broadcast_tensors((2 * y + 1) / H - 1, (2 * x + 1) / W - 1)
-    grid = torch.stack([x, y], dim=-1).flatten(1, -3)  # (B, rows, columns, 2)
+    grid = torch.stack([x, y], dim=-1).view(B, 1, -1, 2)  # all points in one row
     sampled = F.grid_sample(maps.to(grid.dtype), grid, padding_mode="zeros", align_corners=False)
-    return sampled.to(maps.dtype)
+    return sampled.to(maps.dtype).view(B, C, *y.shape[1:])
 
 
 def resize(table, size):
-    """A position table with its last two axes at another size; the middle stays there [D2].
+    """A position table with its last two axes at another size [D2]. The middle, which stands for
+    no displacement, stays in the middle.
     Shape: (.., h, w) -> (.., *size)."""
     if table.shape[-2:] == size:
         return table
@@ -266,15 +265,15 @@ class DeformableAttention(nn.Module):
         key_y, key_x = points.view(B * G, 1, 1, Hk * Wk, 2).unbind(-1)  # (B G, 1, 1, K) each
         row = query_y.view(H, 1, 1) - key_y + H - 1  # R along y: (B G, H, 1, K)
         column = query_x.view(W, 1) - key_x + W - 1  # R along x: (B G, 1, W, K)
-        bias = sample_at(table, row, column)  # (B G, M / G, N, K): H and W become one axis N
+        bias = sample_at(table, row, column)  # (B G, M / G, H, W, K)
         return bias.view(B, self.heads, H * W, Hk * Wk)
 
-    def fixed_bias(self, queries, keys):
+    def fixed_bias(self, query_size, key_size):
         """An ablation [D5]: one number for each query and key, whatever the offset. The table
-        (M, H, W, Hk, Wk) is resized, first the axes of keys, then those of queries.
-        Shape: queries (H, W), keys (Hk, Wk) -> (1, M, N, K)."""
-        table = resize(self.table, keys).permute(0, 3, 4, 1, 2)  # (M, Hk, Wk, H, W)
-        table = resize(table, queries).flatten(3).flatten(1, 2)  # (M, K, N)
+        (M, H, W, Hk, Wk) is resized, first its last two axes, then those of queries.
+        Shape: query_size (H, W), key_size (Hk, Wk) -> (1, M, N, K)."""
+        table = resize(self.table, key_size).permute(0, 3, 4, 1, 2)  # (M, Hk, Wk, H, W)
+        table = resize(table, query_size).flatten(3).flatten(1, 2)  # (M, K, N)
         return table.transpose(1, 2)[None]
 
     def sample(self, x, points):
@@ -313,7 +312,7 @@ class WindowAttention(nn.Module):
     def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
         check(dim=dim, heads=heads, window=window)
-        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # ceil(w / 2) is w if w = 1
+        expect(isinstance(shift, Integral) and 0 <= shift <= window,
                f"shift={shift!r}: expected a whole number from 0 to window={window}")
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -329,7 +328,8 @@ class WindowAttention(nn.Module):
         return x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
 
     def regions(self, H, W):
-        """From which region of the map each pixel of a window is: (rows, columns, w w).
+        """The number of the region of the map that a pixel is from, for each pixel of each window:
+        (rows, columns, w w). Pixels of one region were neighbours before the map was rolled.
         Rolling moves the first `shift` rows of the map below its last rows, into the same windows,
         and columns alike; these are regions 2 to 4. The zeros that fill up are region 0."""
         rolled_y = torch.arange(H, device=self.table.device) < self.shift
@@ -353,7 +353,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
-        # qkv is one name for all of it, so that memory is freed early: for speed on a CPU.
+        # The first qkv is freed when the second gets its name: faster on a CPU (lab/RESULTS.md).
         qkv = self.qkv(self.cut(x))  # Eq. 1
         rows, columns = qkv.shape[1], qkv.shape[3]
         qkv = qkv.unflatten(5, (3, M, C // M))  # (B, rows, w, columns, w, 3, M, d)
@@ -440,17 +440,18 @@ def table_row(dim, heads, blocks, groups, kernels, window):
 
 
 TINY, DEEP = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
-T_GROUPS, B_GROUPS, KERNELS = (None, None, 3, 6), (None, None, 4, 8), (9, 7, 5, 3)
+NARROW, WIDE = (None, None, 3, 6), (None, None, 4, 8)  # groups
+KERNELS = (9, 7, 5, 3)
 VARIANTS = {  # Tab. 1; published weights need geometry="release" [D1]
     # table_row(C and heads of stage 1; blocks, groups, kernels of each stage; window)
-    "dat-t": DATConfig(stages=table_row(96, 3, TINY, T_GROUPS, KERNELS, 7), drop_path=0.2),
-    "dat-s": DATConfig(stages=table_row(96, 3, DEEP, T_GROUPS, KERNELS, 7), drop_path=0.3),
-    "dat-b": DATConfig(stages=table_row(128, 4, DEEP, B_GROUPS, KERNELS, 7), drop_path=0.5),
-    "dat-b-384": DATConfig(stages=table_row(128, 4, DEEP, B_GROUPS, KERNELS, 12), drop_path=0.5,
+    "dat-t": DATConfig(stages=table_row(96, 3, TINY, NARROW, KERNELS, 7), drop_path=0.2),
+    "dat-s": DATConfig(stages=table_row(96, 3, DEEP, NARROW, KERNELS, 7), drop_path=0.3),
+    "dat-b": DATConfig(stages=table_row(128, 4, DEEP, WIDE, KERNELS, 7), drop_path=0.5),
+    "dat-b-384": DATConfig(stages=table_row(128, 4, DEEP, WIDE, KERNELS, 12), drop_path=0.5,
                            image_size=384),
     # For images of 32 px: DAT-T at half its width, and a small one for a CPU.
-    "cifar": DATConfig(stages=table_row(48, 3, TINY, T_GROUPS, KERNELS, 4),
-                       drop_path=0.1, image_size=32, patch=1, stem="conv", classes=10),
+    "cifar": DATConfig(stages=table_row(48, 3, TINY, NARROW, KERNELS, 4), drop_path=0.1,
+                       image_size=32, patch=1, stem="conv", classes=10),
     "cifar-nano": DATConfig(stages=table_row(48, 3, ("LSD", "LDLD", "LD"), (3, 3, 6), (7, 5, 3), 4),
                             image_size=32, stem="conv", classes=10)}
 
@@ -493,8 +494,7 @@ class Block(nn.Module):
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
-        # A name for `hidden` keeps it to the end. For speed on a CPU: this large memory, if freed
-        # before the smaller tensors, went back to the system at each call.
+        # `hidden` has a name, so that it is freed last: faster on a CPU (lab/RESULTS.md).
         hidden = self.mlp.expand(self.norm2(z))
         return drop_path(self.mlp.contract(F.gelu(hidden)), self.rate, self.training) + z
 
@@ -572,9 +572,9 @@ def build(variant, **overrides):
 
 
 # ======== 6. the authors' weights
-LAYERS = {  # in the release: here
-    "0": "conv", "1.norm": "norm", "3": "out", "chunk.linear1": "mlp.expand",
-    "chunk.linear2": "mlp.contract"}
+LAYERS = {  # the end of a layer's name in the release: here
+    "0": "conv", "1.norm": "norm", "3": "out",
+    "chunk.linear1": "mlp.expand", "chunk.linear2": "mlp.contract"}
 
 
 def layer_name(words):
@@ -620,8 +620,9 @@ def rename_weights(weights):
         if name.endswith("relative_position_bias_table"):  # (displacements, heads) there
             side = math.isqrt(len(value))
             value = value.T.reshape(-1, side, side)
-        elif re.search(r"proj_\w+\.weight|conv_offset\.3", name):  # proj_q .. proj_out, the last
-            value = value.flatten(1)  # are 1x1 convolutions (C', C, 1, 1) there, linear layers here
+        elif re.search(r"proj_\w+\.weight|conv_offset\.3", name):
+            # In D blocks these are 1x1 convolutions there, (C', C, 1, 1), and linear layers here.
+            value = value.flatten(1)
         renamed[our_name(name)] = value
     return renamed
 
@@ -648,7 +649,7 @@ SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "ba
 
 
 def seed_of(*place):
-    """A seed made of words and numbers: seed_of("image", 0, 17) differs from all others."""
+    """A seed for each use, which words and numbers name: seed_of("image", 0, 17)."""
     return random.Random(repr(place)).getrandbits(63)
 
 
@@ -682,7 +683,7 @@ def make_shapes(count, *, seed, side=32):
         distance < 0.9,  # disc
         (distance < 1) & (distance > 0.55),  # ring
         larger < 0.75,  # square
-        distance * (direction % third - third / 2).cos() < 0.5,  # triangle: inside its three sides
+        distance * (direction % third - third / 2).cos() < 0.5,  # triangle, its sides at 0.5
         (smaller < 0.28) & (larger < 0.95),  # cross
         distance < 0.7 + 0.3 * (5 * direction).cos(),  # star
         (distance < 1) & (torch.hypot(u - 0.55, v) > 0.75),  # crescent
@@ -786,14 +787,14 @@ def transform_for(data, size, augment):
 
 
 class Samples(Dataset):
-    """The transformed images of all epochs in a row: item number epoch * len(images) + i is image
-    i for that epoch, and these numbers are called places. Each place has its own seed, so that
-    its random draws do not depend on the process or worker that makes them."""
+    """Transformed images. Item i of epoch e has the number e * len(images) + i, its place. Each
+    place has its own seed, so that its random draws depend neither on the process nor on the
+    worker that makes them."""
     def __init__(self, images, transform, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
 
     def __len__(self):
-        return len(self.images)
+        return len(self.images)  # of one epoch
 
     def __getitem__(self, place):
         image, label = self.images[place % len(self)]
@@ -822,13 +823,13 @@ class Recipe:
 
 
 def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False):
-    """The recipe for `data`, with the values that the user has `given` (a dict) in place of its
-    own. For imagenet it is the authors' (but not with a new head), and the rate is in proportion
-    to the batch: "lr_of_512" is that of 512 images."""
+    """The recipe for `data`. The values that the user has `given`, a dict, replace its own. For
+    imagenet it is the authors', unless a head is new. There the rate grows with the batch:
+    "lr_of_512" is the one for 512 images."""
     if data == "shapes":
         recipe = {"epochs": 4, "batch_size": 64, "lr": 3e-3, "warmup": 0.25}
-    elif data != "imagenet" and model == "cifar":
-        recipe = {"epochs": 300, "batch_size": 256, "lr": 1e-3, "warmup": 0.05}  # for a GPU
+    elif data != "imagenet" and model == "cifar":  # the variant for a GPU
+        recipe = {"epochs": 300, "batch_size": 256, "lr": 1e-3, "warmup": 0.05}
     elif data != "imagenet":
         recipe = {"epochs": 6, "batch_size": 128, "lr": 2e-3, "warmup": 0.05}
     elif new_head:
@@ -841,14 +842,15 @@ def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False
                   "floor": 1 / 80, "clip": 1.0}
     else:
         recipe = {"epochs": 300, "batch_size": 1024, "lr_of_512": 5e-4}
+    epochs = given.get("epochs", recipe["epochs"])
+    if data != "imagenet":  # strong augmentation and mixing hurt short runs (lab/RESULTS.md)
+        recipe |= {"augment": "strong" if epochs >= 60 else "light",
+                   "mixed": 0.9 if epochs >= 100 else 0.0}
     recipe |= given
     lr_of_512 = recipe.pop("lr_of_512", None)
     if "lr" not in recipe:
         recipe["lr"] = lr_of_512 * recipe["batch_size"] / 512
-    if data != "imagenet":  # in short runs more lowered the accuracy: lab/RESULTS.md
-        recipe |= {"augment": "strong" if recipe["epochs"] >= 60 else "light",
-                   "mixed": 0.9 if recipe["epochs"] >= 100 else 0.0}
-    if "micro_batch" not in recipe:  # the largest that fits memory and all processes
+    if "micro_batch" not in recipe:  # the largest that fits memory and splits the batch evenly
         largest = 128 if data == "imagenet" else 1024
         sizes = [n for n in range(1, largest + 1) if recipe["batch_size"] % (n * world) == 0]
         recipe["micro_batch"] = max(sizes, default=1)
@@ -907,11 +909,11 @@ def save(folder, model, optimizer, scaler, recipe, history, classes):
 
 
 def load_checkpoint(path):
-    """What a file holds, a dict: "model", the weights by our names, from last.pt, a state dict or
-    the authors' file; "geometry"; if it is last.pt also "config", "classes", "recipe" and what a
-    run needs to go on. Raises: InputError."""
+    """What last.pt, a state dict or the authors' file holds, a dict: "model" (the weights, by our
+    names), "geometry", "config", "classes", "recipe". The last three are empty unless it is
+    last.pt, which also has what a run needs to go on. Raises: InputError."""
     expect(Path(path).exists(), f"{path} does not exist: expected a file of weights")
-    try:  # the authors' files hold settings too, of the class CfgNode: OrderedDict stands in
+    try:  # the authors' files also hold settings, a CfgNode: it is read as an OrderedDict
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, all about this file
@@ -929,16 +931,17 @@ def load_checkpoint(path):
             checkpoint = found | {"geometry": config.geometry, "config": config,
                                   "classes": classes, "recipe": dict(found["recipe"])}
         return checkpoint | {"model": rename_weights(weights)}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise InputError(f"{path} does not hold what it should: {error}") from None
 
 
 def make_model(name, data, classes, checkpoint=None):
-    """A new model for these classes: the variant `name`, in the geometry of the checkpoint. If the
-    checkpoint is of that variant, its own configuration counts."""
-    config = VARIANTS.get(name)
+    """A new model for these classes: the variant `name`, in the geometry of the checkpoint. A
+    checkpoint of that name has its configuration with it, which may be of an earlier version."""
     if checkpoint and checkpoint["recipe"].get("model") == name:
         config = checkpoint["config"]
+    else:
+        config = VARIANTS[name]
     geometry = checkpoint["geometry"] if checkpoint else config.geometry
     size = config.image_size if data == "imagenet" else 32
     return DAT(replace(config, classes=len(classes), image_size=size, geometry=geometry))
@@ -982,8 +985,8 @@ def micro_batches(count, recipe, machine, first_epoch):
     for epoch in range(first_epoch, recipe.epochs):
         rng = torch.Generator().manual_seed(seed_of("order", recipe.seed, epoch))
         order = epoch * count + torch.randperm(count, generator=rng)
-        for batch in order.split(recipe.batch_size)[:count // recipe.batch_size]:
-            # A last batch that is smaller is left out. The processes take micro-batches in turn.
+        whole_batches = order.split(recipe.batch_size)[:count // recipe.batch_size]
+        for batch in whole_batches:  # whose micro-batches the processes take in turn
             for places in batch.split(recipe.micro_batch)[machine.rank::machine.world]:
                 yield places.tolist()
 
@@ -1011,6 +1014,7 @@ def evaluate(model, tests, dtype, machine):
         correct += torch.stack([hits[:, 0].sum(), hits.sum()])
         if time.monotonic() - printed_at > 10:
             printed_at = time.monotonic()
+            # Process 0 alone prints: start_machine silences the others.
             print(f"tested {(i + 1) / len(tests):.0%} of the images", flush=True)
     if machine.world > 1:
         dist.all_reduce(correct)
@@ -1028,8 +1032,8 @@ class Progress:
     `steps`: updates an epoch. `test_images`: their number."""
     def __init__(self, recipe, steps, first_epoch, test_images):
         self.recipe, self.steps, self.first_epoch = recipe, steps, first_epoch
-        # The time of an epoch with its test, in updates. An image to test on takes about a third
-        # of one to train on: there is no backward pass.
+        # What an epoch and its test cost, counted in updates. A test image costs about a third of
+        # a training image: it has no backward pass.
         self.epoch_cost = steps + test_images / 3 / recipe.batch_size
         self.start = time.monotonic()
         self.begin_line()
@@ -1058,7 +1062,8 @@ class Progress:
 
 def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
     """Trains to the end of the recipe, and saves after each epoch. `resumed`: the checkpoint to
-    go on from, or None. Returns a dict for each epoch. Raises: InputError if the loss is NaN."""
+    go on from, or None; `compiles`: whether to use torch.compile. Returns a dict for each epoch.
+    Raises: InputError if the loss is not finite."""
     from torchvision.transforms import v2
     device, size, history = machine.device, model.config.image_size, []
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), fused=True)
@@ -1095,11 +1100,11 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
             losses.append(torch.zeros((), device=device))
             for i in range(accumulate):
                 images, labels = (t.to(device) for t in next(batches))
-                index = i * machine.world + machine.rank  # of this micro-batch in the batch
+                index = i * machine.world + machine.rank  # in the batch, as micro_batches deals
                 torch.manual_seed(seed_of("update", recipe.seed, update, index))  # mix, drop path
                 if update < recipe.mixed * updates:
                     images, labels = mix(images, labels)
-                # DistributedDataParallel exchanges gradients only after the last micro-batch.
+                # DistributedDataParallel, if used, exchanges gradients after the last one only.
                 forward.require_backward_grad_sync = i == accumulate - 1
                 with machine.autocast(recipe.dtype):
                     loss = F.cross_entropy(forward(images), labels, label_smoothing=0.1)
@@ -1167,14 +1172,14 @@ def start_machine(args):
 
 
 def load_data(machine, name, root, split):
-    """load_dataset in all processes: first in process 0, which downloads what is missing."""
-    if machine.rank > 0:
-        dist.barrier()  # waits for process 0, which meets this at its own barrier below
+    """load_dataset in all processes, first in process 0, which downloads what is missing."""
     try:
-        return load_dataset(name, root, split)
-    finally:  # also if process 0 failed: the others then fail alike
-        if machine.rank == 0 and machine.world > 1:
-            dist.barrier()
+        if machine.rank == 0:
+            return load_dataset(name, root, split)
+    finally:
+        if machine.world > 1:
+            dist.barrier()  # here the others wait for process 0
+    return load_dataset(name, root, split)
 
 
 def default_model(data):
@@ -1199,7 +1204,8 @@ def run_evaluation(args, given, machine):
 
 
 def new_folder(out, data):
-    """`out`, or the first runs/<data>-<n> that this call makes: no other run can have it too."""
+    """`out`, or the first runs/<data>-<n> that does not exist. mkdir fails if another run, started
+    at the same time, has made it: both never get the same."""
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         return Path(out)
@@ -1247,10 +1253,9 @@ def run_training(args, given, machine):
         expect(keep_head, f"{args.out} is for other classes than those of --data {args.data}")
     else:
         trained = checkpoint["recipe"] if checkpoint else {}
-        default = {"model": trained.get("model", default_model(args.train)),
-                   "dtype": dtype_for("auto", machine.device)}
-        settings = default | given
-        recipe = recipe_for(args.train, settings.pop("model"), settings, world=machine.world,
+        name = given.pop("model", trained.get("model", default_model(args.train)))
+        given.setdefault("dtype", dtype_for("auto", machine.device))
+        recipe = recipe_for(args.train, name, given, world=machine.world,
                             fine_tuning=checkpoint is not None, new_head=not keep_head)
     batch, at_once = recipe.batch_size, recipe.micro_batch * machine.world
     expect(batch <= len(train_images), f"--batch-size {batch} is more than the "
@@ -1265,7 +1270,7 @@ def run_training(args, given, machine):
         load_weights(model, adapt(checkpoint["model"], model, keep_head), args.checkpoint)
     model.to(machine.device)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # as its gradients are, or DistributedDataParallel warns
+        if isinstance(module, nn.Conv2d):  # DistributedDataParallel wants its gradients' layout
             module.to(memory_format=torch.channels_last)
     folder = args.out
     if machine.rank == 0 and not args.resume:
@@ -1286,7 +1291,7 @@ def run_training(args, given, machine):
         hint = "; no epoch had ended: nothing is saved"
         if Path(f"{folder}/last.pt").exists():
             hint = f"; go on with: {command} --train {args.train} --resume --out {folder}"
-        raise KeyboardInterrupt(hint if machine.rank == 0 else "") from None
+        raise KeyboardInterrupt(hint if machine.rank == 0 else "") from None  # main prints it
     print(f"finished: test {percent(history[-1], classes)}, {folder}/last.pt; to test it again:\n"
           f"{command} --eval {args.train} --checkpoint {folder}/last.pt")
 
@@ -1322,7 +1327,7 @@ def read_flags(arguments):
          help="type of autocast; auto: what the hardware multiplies fast", **absent)
     flag("--epochs", type=whole_number, help="times that all images are seen", **absent)
     flag("--batch-size", type=whole_number, help="images an update, in all processes", **absent)
-    flag("--micro-batch", type=whole_number, help="images at once: fewer need less memory", **absent)
+    flag("--micro-batch", type=whole_number, help="images at once, for less memory", **absent)
     flag("--lr", type=float, help="highest learning rate", **absent)
     flag("--seed", type=lambda text: whole_number(text, 0),
          help="of all that is random; default: 0", **absent)
@@ -1353,7 +1358,7 @@ def main(arguments=None):
         print(f"dat.py: stopped{stop}", file=sys.stderr)
         return 130
     except (InputError, OSError) as error:
-        # An error from a DataLoader's worker is a traceback as text: our words follow its name.
+        # From a worker of a DataLoader comes the text of a traceback, "..InputError: <message>".
         message = " ".join(str(error).rpartition("InputError: ")[2].split())
         print(f"dat.py: {message:.400}", file=sys.stderr)
         return 2
