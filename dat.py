@@ -167,11 +167,11 @@ def bilinear_sample(maps, points):
 
 def sample_at(maps, y, x):
     """bilinear_sample with y and x apart. Shape: y and x broadcast to (B, ..) -> (B, C, ..)."""
-    (B, C, H, W) = maps.shape
+    B, C, H, W = maps.shape
     # grid_sample takes (x, y). With align_corners=False, -1 and 1 are the outer edges of the map,
     # half a pixel beyond 0 and H - 1. (With True they are 0 and H - 1, which fails if H = 1.)
     y, x = torch.broadcast_tensors((2 * y + 1) / H - 1, (2 * x + 1) / W - 1)
-    grid = torch.stack([x, y], dim=-1).view(B, 1, -1, 2)  # all points in one row
+    grid = torch.stack([x, y], dim=-1).flatten(1, -2)[:, None]  # (B, 1, all points, 2)
     sampled = F.grid_sample(maps.to(grid.dtype), grid, padding_mode="zeros", align_corners=False)
     return sampled.to(maps.dtype).view(B, C, *y.shape[1:])
 
