@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "torchvision>=0.24", "numpy", "matplotlib", "pytest", "hypothesis"]
+# dependencies = ["torch>=2.10", "torchvision>=0.25", "numpy", "matplotlib", "pytest", "hypothesis"]
 # ///
 """DAT in one file: Vision Transformer with Deformable Attention (Xia et al., CVPR 2022).
 

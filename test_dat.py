@@ -679,7 +679,9 @@ def cuda_autocast(request):
 def test_on_a_gpu_nothing_is_made_on_the_cpu(variant, fields, cuda_autocast, monkeypatch):
     """Red if a tensor is made elsewhere than the images, a value is waited for, or types do not
     meet. Fake tensors know where they would be, and need no GPU."""
-    monkeypatch.setattr(nn.init, "trunc_normal_", lambda table, std: table)  # it reads values
+    for name in ("trunc_normal_", "kaiming_uniform_", "uniform_"):  # they need a GPU or values
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # which asks the driver
     with FakeTensorMode():
         with torch.device("cuda"):
             model, images = dat.build(variant, **fields), torch.empty(1, 3, 40, 56)
@@ -921,9 +923,6 @@ def start(tiny, monkeypatch):
     for process in processes:
         process.kill()
         process.join()
-
-
-
 
 
 # ======== data
