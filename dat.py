@@ -917,7 +917,7 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, all about this file
-        raise InputError(f"{path} is damaged, or no file of weights: {error}") from None
+        raise InputError(f"{path} is damaged, or no file of weights: {error!r}") from None
     weights = found.get("model", found) if isinstance(found, dict) else {}
     named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
     expect(named and weights and all(map(torch.is_tensor, weights.values())),
