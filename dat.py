@@ -27,8 +27,8 @@ Departures from the paper (P) and from its authors' code, "the release", commit 
 
     [D1] R: in geometry="paper" the outer points start on the outer pixels. In "release", which
          published weights need and load_official sets, they start half a cell inside.
-    [D2] P, R: any image size. Zeros fill up patches and windows; attention does not see them.
-         Position tables are resized.
+    [D2] P, R: any image size. Zeros fill up patches, and windows, where attention does not see
+         them; position tables are resized.
     [D3] P: windows are shifted by ceil(w / 2), as in the release (Swin: floor).
     [D4] P: the offset network has the release's layer norm before GELU.
     [D5] R: offsets=False and position="fixed" work; in the release they crash.
@@ -75,8 +75,8 @@ def expect(condition, otherwise):
 # ======== 1. attention (Sec. 3.1)
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2, with the bias of Eq. 9.
-    Shape: q (B, .., N, d), k and v (B, .., K, d), bias (B or 1, .., N, K) -> (B, .., N, d). The
-    dots are the heads, or rows and columns of windows and their heads."""
+    Shape: q (B, M, N, d), k and v (B, M, K, d), bias (B or 1, M, N, K) -> (B, M, N, d). In all
+    of them there may be more axes than M: those of windows are rows, columns, M."""
     bias = bias.to(q.dtype)
     if q.is_cpu:  # the formula is faster there than PyTorch's kernels
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
@@ -140,8 +140,8 @@ def ceil_div(a, b):
 
 
 def reference_coordinates(count, length, geometry, like):
-    """Where `count` reference points stand on an axis of `length` px. Queries stand at those of
-    count = length. Paper: Sec. 3.2. Shape: (count,), with the type and device of `like`.
+    """Where `count` reference points stand on an axis of `length` px. The queries stand where
+    `length` points would. Paper: Sec. 3.2. Shape: (count,), of the type and device of `like`.
     "paper": evenly from the first pixel's centre to the last's; a single point in the middle.
     "release": the middles of `count` equal parts of the line between those centres [D1]."""
     i = torch.arange(count, dtype=like.dtype, device=like.device)
@@ -151,9 +151,9 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far one of `count` points may move along an axis of `length` px: s / 2 cells, where a
-    cell is the part of the axis that a point has, length / count px. (The paper gives s no unit.
-    The release's axis is length - 1 px long, from the first pixel's centre to the last's [D1].)"""
+    """How far one of `count` points may move along an axis of `length` px: s half cells. A cell is
+    the part of the axis that a point has, length / count px. (The paper gives s no unit; half
+    cells are the release's. Its axis is length - 1 px long, from pixel centre to centre [D1].)"""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -166,7 +166,8 @@ def bilinear_sample(maps, points):
 
 
 def sample_at(maps, y, x):
-    """bilinear_sample with y and x apart. Shape: y and x broadcast to (B, ..) -> (B, C, ..)."""
+    """bilinear_sample with y and x apart. For position_bias, whose y and x are small and then
+    broadcast, this is faster. Shape: y and x broadcast to (B, ..) -> (B, C, ..)."""
     B, C, H, W = maps.shape
     # grid_sample takes (x, y). With align_corners=False, -1 and 1 are the outer edges of the map,
     # half a pixel beyond 0 and H - 1. (With True they are 0 and H - 1, which fails if H = 1.)
@@ -177,8 +178,8 @@ def sample_at(maps, y, x):
 
 
 def resize(table, size):
-    """A position table with its last two axes at another size [D2]. The middle, which stands for
-    no displacement, stays in the middle.
+    """A position table with its last two axes at another size [D2]. The middle stays the middle:
+    in a "relative" table it stands for no displacement.
     Shape: (.., h, w) -> (.., *size)."""
     if table.shape[-2:] == size:
         return table
@@ -272,9 +273,9 @@ class DeformableAttention(nn.Module):
         """An ablation [D5]: one number for each query and key, whatever the offset. The table
         (M, H, W, Hk, Wk) is resized, first its last two axes, then those of queries.
         Shape: query_size (H, W), key_size (Hk, Wk) -> (1, M, N, K)."""
-        table = resize(self.table, key_size).permute(0, 3, 4, 1, 2)  # (M, Hk, Wk, H, W)
-        table = resize(table, query_size).flatten(3).flatten(1, 2)  # (M, K, N)
-        return table.transpose(1, 2)[None]
+        table = resize(self.table, key_size).permute(0, 3, 4, 1, 2)
+        table = resize(table, query_size)  # (M, Hk, Wk, H, W)
+        return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]
 
     def sample(self, x, points):
         """x~: the channels of each group, read at its points. Paper: Eq. 7 and 8.
@@ -306,7 +307,7 @@ def pad_to_multiple(x, side):
 
 
 class WindowAttention(nn.Module):
-    """Attention inside w x w windows with a learned bias: blocks L, and S with a `shift`.
+    """Attention inside w x w windows with a learned bias: local, or with a `shift` shifted.
     Paper: Sec. 3.3, from Swin (Liu et al., 2021). Shape: (B, H, W, C) -> the same, any H, W.
     Raises: InputError."""
     def __init__(self, *, dim, heads, window, shift=0):
@@ -330,8 +331,8 @@ class WindowAttention(nn.Module):
     def regions(self, H, W):
         """The number of the region of the map that a pixel is from, for each pixel of each window:
         (rows, columns, w w). Pixels of one region were neighbours before the map was rolled.
-        Rolling moves the first `shift` rows of the map below its last rows, into the same windows,
-        and columns alike; these are regions 2 to 4. The zeros that fill up are region 0."""
+        Rolling takes the first `shift` rows to the bottom, into the windows of the last rows, and
+        columns alike; these are regions 2 to 4. The zeros that fill up are region 0."""
         rolled_y = torch.arange(H, device=self.table.device) < self.shift
         rolled_x = torch.arange(W, device=self.table.device) < self.shift
         region = 1 + 2 * rolled_y[:, None] + rolled_x  # (H, W), from 1 to 4
@@ -353,7 +354,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
-        # The first qkv is freed when the second gets its name: faster on a CPU (lab/RESULTS.md).
+        # Under one name, each qkv is freed when the next is made: faster on a CPU (lab/RESULTS.md).
         qkv = self.qkv(self.cut(x))  # Eq. 1
         rows, columns = qkv.shape[1], qkv.shape[3]
         qkv = qkv.unflatten(5, (3, M, C // M))  # (B, rows, w, columns, w, 3, M, d)
@@ -427,8 +428,8 @@ class DATConfig:
     def map_sizes(self):
         """(H, W) of the map of each stage, for an image of `image_size`."""
         H, W = height_and_width("image_size", self.image_size)
-        cells = [self.patch * 2 ** i for i in range(len(self.stages))]  # image px per map px
-        return [(ceil_div(H, cell), ceil_div(W, cell)) for cell in cells]
+        scales = [self.patch * 2 ** i for i in range(len(self.stages))]  # image px per map px
+        return [(ceil_div(H, scale), ceil_div(W, scale)) for scale in scales]
 
 
 def table_row(dim, heads, blocks, groups, kernels, window):
@@ -495,8 +496,8 @@ class Block(nn.Module):
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
         # `hidden` has a name, so that it is freed last: faster on a CPU (lab/RESULTS.md).
-        hidden = self.mlp.expand(self.norm2(z))
-        return drop_path(self.mlp.contract(F.gelu(hidden)), self.rate, self.training) + z
+        hidden = self.mlp["expand"](self.norm2(z))
+        return drop_path(self.mlp["contract"](F.gelu(hidden)), self.rate, self.training) + z
 
 
 class DAT(nn.Module):
@@ -519,7 +520,7 @@ class DAT(nn.Module):
         for i, (stage, size) in enumerate(zip(config.stages, config.map_sizes())):
             down = nn.Identity()
             if i > 0:
-                kernel = 2 if config.stem == "patch" else 3
+                kernel = 2 if config.stem == "patch" else 3  # no bias: as in the release
                 down = Projection(dim, stage.dim, kernel=kernel, stride=2, bias=False)
             blocks = [Block(config, stage, size, letter, next(rates)) for letter in stage.blocks]
             self.stages.append(nn.Sequential(OrderedDict(down=down, blocks=nn.Sequential(*blocks))))
@@ -552,14 +553,14 @@ class DAT(nn.Module):
         x = self.embed(images)
         found = []
         for i, stage in enumerate(self.stages):
-            cell = self.config.patch * 2 ** i  # image px per map px
+            scale = self.config.patch * 2 ** i  # image px per map px
             # The place of map pixel 0 in the image: the middle of a patch; 0 for the stem "conv".
-            first = (cell - 1) / 2 if self.config.stem == "patch" else 0
+            first = (scale - 1) / 2 if self.config.stem == "patch" else 0
             x = stage.down(x)
             for block in stage.blocks:
                 if isinstance(block.attention, DeformableAttention):
                     q = block.attention.q(block.norm1(x))
-                    found.append(first + cell * block.attention.points(q))
+                    found.append(first + scale * block.attention.points(q))
                 x = block(x)
         return found
 
@@ -572,7 +573,7 @@ def build(variant, **overrides):
 
 
 # ======== 6. the authors' weights
-LAYERS = {  # the end of a layer's name in the release: here
+LAYERS = {  # within stem, down-sampling, offset network and MLP: names there, names here
     "0": "conv", "1.norm": "norm", "3": "out",
     "chunk.linear1": "mlp.expand", "chunk.linear2": "mlp.contract"}
 
@@ -649,7 +650,7 @@ SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "ba
 
 
 def seed_of(*place):
-    """A seed for each use, which words and numbers name: seed_of("image", 0, 17)."""
+    """A seed for one purpose of random numbers: seed_of("image", seed, place)."""
     return random.Random(repr(place)).getrandbits(63)
 
 
@@ -683,7 +684,7 @@ def make_shapes(count, *, seed, side=32):
         distance < 0.9,  # disc
         (distance < 1) & (distance > 0.55),  # ring
         larger < 0.75,  # square
-        distance * (direction % third - third / 2).cos() < 0.5,  # triangle, its sides at 0.5
+        distance * (direction % third - third / 2).cos() < 0.5,  # triangle: towards each side
         (smaller < 0.28) & (larger < 0.95),  # cross
         distance < 0.7 + 0.3 * (5 * direction).cos(),  # star
         (distance < 1) & (torch.hypot(u - 0.55, v) > 0.75),  # crescent
@@ -761,8 +762,8 @@ def normalise(image, mean, std):  # much faster than v2.ToDtype and v2.Normalize
 
 
 def transform_for(data, size, augment):
-    """From what load_dataset gives, an image or a path, to the network's input (3, size, size).
-    `augment`: "none" (tests), "light" (crop, flip), "strong" (RandAugment, random erasing too)."""
+    """From what load_dataset gives, a path or an image of that size, to the network's input (3,
+    size, size). `augment`: "none" for tests, "light" crops and flips, "strong" goes further."""
     from torchvision.transforms import InterpolationMode, v2
     bicubic = InterpolationMode.BICUBIC
     steps = [read_image] if data == "imagenet" else []
@@ -808,7 +809,7 @@ class Recipe:
     """All that decides the result of a run. It is saved with the weights."""
     data: str
     model: str  # a name in VARIANTS
-    dtype: str  # "float32", or of autocast "bfloat16" or "float16"
+    dtype: str  # of autocast: "bfloat16" or "float16"; without autocast "float32"
     epochs: int
     batch_size: int  # images an update, in all processes together
     micro_batch: int  # images at once in one process
@@ -823,9 +824,9 @@ class Recipe:
 
 
 def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False):
-    """The recipe for `data`. The values that the user has `given`, a dict, replace its own. For
-    imagenet it is the authors', unless a head is new. There the rate grows with the batch:
-    "lr_of_512" is the one for 512 images."""
+    """The recipe for `data`. The values that the user has `given`, a dict, replace its own; "dtype"
+    is always given. For imagenet it is the authors', unless a head is new, and the rate grows
+    with the batch: "lr_of_512" is the rate for 512 images."""
     if data == "shapes":
         recipe = {"epochs": 4, "batch_size": 64, "lr": 3e-3, "warmup": 0.25}
     elif data != "imagenet" and model == "cifar":  # the variant for a GPU
@@ -909,8 +910,8 @@ def save(folder, model, optimizer, scaler, recipe, history, classes):
 
 
 def load_checkpoint(path):
-    """What last.pt, a state dict or the authors' file holds, a dict: "model" (the weights, by our
-    names), "geometry", "config", "classes", "recipe". The last three are empty unless it is
+    """Reads last.pt, a state dict or the authors' file. Returns a dict: "model" (the weights, by
+    our names), "geometry", "config", "classes", "recipe". The last three are empty unless it is
     last.pt, which also has what a run needs to go on. Raises: InputError."""
     expect(Path(path).exists(), f"{path} does not exist: expected a file of weights")
     try:  # the authors' files also hold settings, a CfgNode: it is read as an OrderedDict
@@ -936,8 +937,8 @@ def load_checkpoint(path):
 
 
 def make_model(name, data, classes, checkpoint=None):
-    """A new model for these classes: the variant `name`, in the geometry of the checkpoint. A
-    checkpoint of that name has its configuration with it, which may be of an earlier version."""
+    """A new model for these classes: the variant `name`, in the geometry of the checkpoint. If the
+    checkpoint is of that variant, its configuration is taken, as variants may have changed."""
     if checkpoint and checkpoint["recipe"].get("model") == name:
         config = checkpoint["config"]
     else:
@@ -977,7 +978,8 @@ class Machine:
     workers: int = 0  # processes that load images, for each of these
 
     def autocast(self, dtype):
-        return torch.autocast(self.device.type, getattr(torch, dtype), dtype != "float32")
+        return torch.autocast(
+            self.device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def micro_batches(count, recipe, machine, first_epoch):
@@ -1052,8 +1054,8 @@ class Progress:
                                     f"below {recipe.lr:g}")
         speed = len(self.losses) * recipe.batch_size / (now - self.line_start)
         done = (epoch - self.first_epoch) * self.epoch_cost + step + 1
-        left = (recipe.epochs - self.first_epoch) * self.epoch_cost - done
-        left = round((now - self.start) / done * left)  # in seconds
+        all_work = (recipe.epochs - self.first_epoch) * self.epoch_cost
+        left = round((now - self.start) * (all_work / done - 1))  # seconds
         print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{self.steps}  "
               f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  "
               f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
@@ -1100,7 +1102,7 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
             losses.append(torch.zeros((), device=device))
             for i in range(accumulate):
                 images, labels = (t.to(device) for t in next(batches))
-                index = i * machine.world + machine.rank  # in the batch, as micro_batches deals
+                index = i * machine.world + machine.rank  # of this micro-batch in the batch
                 torch.manual_seed(seed_of("update", recipe.seed, update, index))  # mix, drop path
                 if update < recipe.mixed * updates:
                     images, labels = mix(images, labels)
@@ -1254,7 +1256,7 @@ def run_training(args, given, machine):
     else:
         trained = checkpoint["recipe"] if checkpoint else {}
         name = given.pop("model", trained.get("model", default_model(args.train)))
-        given.setdefault("dtype", dtype_for("auto", machine.device))
+        given.setdefault("dtype", dtype_for("auto", machine.device))  # also for --dtype auto
         recipe = recipe_for(args.train, name, given, world=machine.world,
                             fine_tuning=checkpoint is not None, new_head=not keep_head)
     batch, at_once = recipe.batch_size, recipe.micro_batch * machine.world
@@ -1358,7 +1360,7 @@ def main(arguments=None):
         print(f"dat.py: stopped{stop}", file=sys.stderr)
         return 130
     except (InputError, OSError) as error:
-        # From a worker of a DataLoader comes the text of a traceback, "..InputError: <message>".
+        # An error from a DataLoader's worker has a traceback before "InputError: <message>".
         message = " ".join(str(error).rpartition("InputError: ")[2].split())
         print(f"dat.py: {message:.400}", file=sys.stderr)
         return 2
