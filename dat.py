@@ -25,10 +25,10 @@ Symbols. Modules pass maps as (B, H, W, C):
 
 Departures from the paper (P) and from its authors' code, "the release", commit 566a593 (R):
 
-    [D1] R: in geometry="paper" the outer points start on the outer pixels. In "release", which
-         published weights need and load_official sets, they start half a cell inside.
-    [D2] P, R: any image size. Zeros fill up patches, and windows, where attention does not see
-         them; position tables are resized.
+    [D1] R: in geometry="paper" the outer points start on the outer pixels, in "release" half a
+         cell further inside. Published weights need "release"; load_official sets it.
+    [D2] P, R: any image size. Zeros fill up patches and windows (and windows mask them);
+         position tables are resized.
     [D3] P: windows are shifted by ceil(w / 2), as in the release (Swin: floor).
     [D4] P: the offset network has the release's layer norm before GELU.
     [D5] R: offsets=False and position="fixed" work; in the release they crash.
@@ -141,7 +141,8 @@ def ceil_div(a, b):
 
 def reference_coordinates(count, length, geometry, like):
     """Where `count` reference points stand on an axis of `length` px. The queries stand where
-    `length` points would. Paper: Sec. 3.2. Shape: (count,), of the type and device of `like`.
+    `length` points would: on the pixels, but not in "release". Paper: Sec. 3.2.
+    Shape: (count,), of the type and device of `like`.
     "paper": evenly from the first pixel's centre to the last's; a single point in the middle.
     "release": the middles of `count` equal parts of the line between those centres [D1]."""
     i = torch.arange(count, dtype=like.dtype, device=like.device)
@@ -153,7 +154,8 @@ def reference_coordinates(count, length, geometry, like):
 def largest_offset(count, length, offset_range, geometry):
     """How far one of `count` points may move along an axis of `length` px: s half cells. A cell is
     the part of the axis that a point has, length / count px. (The paper gives s no unit; half
-    cells are the release's. Its axis is length - 1 px long, from pixel centre to centre [D1].)"""
+    cells are the release's. The release takes an axis of length - 1 px, between the centres of
+    the outer pixels [D1].)"""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -250,7 +252,8 @@ class DeformableAttention(nn.Module):
 
     def position_bias(self, points, size):
         """phi(B^; R): the table, read at all displacements R = query - key. Paper: Eq. 9.
-        Shape: points (B, G, Hk, Wk, 2), size (H, W) -> (B, M, N, K); (1, M, N, K) if "fixed".
+        Shape: points (B, G, Hk, Wk, 2), size (H, W) -> (B, M, N, K); if "fixed" (1, M, N, K); if
+        "none" zeros (1, 1, N, K).
         Along y, displacements -(H - 1) .. H - 1 stand in 2 H - 1 rows: R in row R + H - 1."""
         B, G, Hk, Wk, _ = points.shape
         H, W = size
@@ -275,7 +278,8 @@ class DeformableAttention(nn.Module):
         Shape: query_size (H, W), key_size (Hk, Wk) -> (1, M, N, K)."""
         table = resize(self.table, key_size).permute(0, 3, 4, 1, 2)
         table = resize(table, query_size)  # (M, Hk, Wk, H, W)
-        return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]
+        table = table.flatten(3).flatten(1, 2)  # (M, K, N)
+        return table.transpose(1, 2)[None]
 
     def sample(self, x, points):
         """x~: the channels of each group, read at its points. Paper: Eq. 7 and 8.
@@ -329,10 +333,10 @@ class WindowAttention(nn.Module):
         return x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
 
     def regions(self, H, W):
-        """The number of the region of the map that a pixel is from, for each pixel of each window:
-        (rows, columns, w w). Pixels of one region were neighbours before the map was rolled.
-        Rolling takes the first `shift` rows to the bottom, into the windows of the last rows, and
-        columns alike; these are regions 2 to 4. The zeros that fill up are region 0."""
+        """A number for each pixel of each window: (rows, columns, w w). Pixels of a window with
+        one number were together before the map was filled up and rolled. Rolling takes the first
+        `shift` rows of the map to the bottom, into the windows of its last rows, and columns
+        alike: these pixels get 2 to 4, the others 1. The zeros that fill up get 0."""
         rolled_y = torch.arange(H, device=self.table.device) < self.shift
         rolled_x = torch.arange(W, device=self.table.device) < self.shift
         region = 1 + 2 * rolled_y[:, None] + rolled_x  # (H, W), from 1 to 4
@@ -350,7 +354,7 @@ class WindowAttention(nn.Module):
         region = self.regions(H, W)
         apart = region[..., :, None] != region[..., None, :]  # (rows, columns, w w, w w)
         bias = self.table[:, row, column]  # (M, w w, w w)
-        return bias.masked_fill(apart[None, :, :, None], -math.inf)
+        return bias.masked_fill(apart[None, :, :, None], -math.inf)  # broadcasts bias, too
 
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
@@ -495,7 +499,7 @@ class Block(nn.Module):
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
-        # `hidden` has a name, so that it is freed last: faster on a CPU (lab/RESULTS.md).
+        # With a name, `hidden` is freed at the very end: faster on a CPU (lab/RESULTS.md).
         hidden = self.mlp["expand"](self.norm2(z))
         return drop_path(self.mlp["contract"](F.gelu(hidden)), self.rate, self.training) + z
 
@@ -509,7 +513,7 @@ class DAT(nn.Module):
         dim, patch = config.stages[0].dim, config.patch
         if config.stem == "patch":
             self.stem = Projection(3, dim, kernel=patch, stride=patch)
-        else:  # strides 1 and 1, 2 and 1, or 2 and 2
+        else:  # two strides: 1 and 1 if patch is 1, 2 and 1 if 2, 2 and 2 if 4
             stride = min(patch, 2)
             self.stem = nn.Sequential(
                 Projection(3, dim // 2, kernel=3, stride=stride), nn.GELU(),
@@ -573,7 +577,7 @@ def build(variant, **overrides):
 
 
 # ======== 6. the authors' weights
-LAYERS = {  # within stem, down-sampling, offset network and MLP: names there, names here
+LAYERS = {  # parts of stem, down-sampling, offset network, MLP: the release's names and ours
     "0": "conv", "1.norm": "norm", "3": "out",
     "chunk.linear1": "mlp.expand", "chunk.linear2": "mlp.contract"}
 
@@ -637,8 +641,8 @@ def load_weights(model, weights, source):
 
 
 def load_official(state_dict, config):
-    """A model with the authors' weights (bare or under "model") and geometry [D1].
-    Raises: InputError."""
+    """A model in geometry="release" [D1] with the authors' weights, a state dict or a dict that
+    has it under "model". Raises: InputError."""
     model = DAT(replace(config, geometry="release"))
     load_weights(model, rename_weights(state_dict.get("model", state_dict)), "the state dict")
     return model
@@ -684,7 +688,7 @@ def make_shapes(count, *, seed, side=32):
         distance < 0.9,  # disc
         (distance < 1) & (distance > 0.55),  # ring
         larger < 0.75,  # square
-        distance * (direction % third - third / 2).cos() < 0.5,  # triangle: towards each side
+        distance * (direction % third - third / 2).cos() < 0.5,  # triangle: each side at 0.5
         (smaller < 0.28) & (larger < 0.95),  # cross
         distance < 0.7 + 0.3 * (5 * direction).cos(),  # star
         (distance < 1) & (torch.hypot(u - 0.55, v) > 0.75),  # crescent
@@ -762,8 +766,8 @@ def normalise(image, mean, std):  # much faster than v2.ToDtype and v2.Normalize
 
 
 def transform_for(data, size, augment):
-    """From what load_dataset gives, a path or an image of that size, to the network's input (3,
-    size, size). `augment`: "none" for tests, "light" crops and flips, "strong" goes further."""
+    """From what load_dataset gives, a path (imagenet) or an image of size x size, to the network's
+    input (3, size, size). `augment`: "none" for tests, "light" crops and flips, or "strong"."""
     from torchvision.transforms import InterpolationMode, v2
     bicubic = InterpolationMode.BICUBIC
     steps = [read_image] if data == "imagenet" else []
@@ -825,15 +829,15 @@ class Recipe:
 
 def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False):
     """The recipe for `data`. The values that the user has `given`, a dict, replace its own; "dtype"
-    is always given. For imagenet it is the authors', unless a head is new, and the rate grows
-    with the batch: "lr_of_512" is the rate for 512 images."""
+    is always given. The recipes for imagenet, or a folder of one's own, are the authors', but for
+    a new head. Their rate grows with the batch: "lr_of_512" is the rate for 512 images."""
     if data == "shapes":
         recipe = {"epochs": 4, "batch_size": 64, "lr": 3e-3, "warmup": 0.25}
     elif data != "imagenet" and model == "cifar":  # the variant for a GPU
         recipe = {"epochs": 300, "batch_size": 256, "lr": 1e-3, "warmup": 0.05}
     elif data != "imagenet":
         recipe = {"epochs": 6, "batch_size": 128, "lr": 2e-3, "warmup": 0.05}
-    elif new_head:
+    elif fine_tuning and new_head:
         recipe = {"epochs": 30, "batch_size": 64, "lr_of_512": 1e-3}
     elif fine_tuning:
         recipe = {"epochs": 30, "batch_size": 512, "lr_of_512": 2e-6, "warmup": 0.0, "floor": 0.05,
@@ -938,7 +942,7 @@ def load_checkpoint(path):
 
 def make_model(name, data, classes, checkpoint=None):
     """A new model for these classes: the variant `name`, in the geometry of the checkpoint. If the
-    checkpoint is of that variant, its configuration is taken, as variants may have changed."""
+    checkpoint is of that variant, its own configuration is taken: VARIANTS may be newer."""
     if checkpoint and checkpoint["recipe"].get("model") == name:
         config = checkpoint["config"]
     else:
@@ -1074,7 +1078,7 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
         history = resumed["history"]
-    forward = torch.compile(model, fullgraph=True) if compiles else model  # calls the model
+    forward = torch.compile(model, fullgraph=True) if compiles else model  # to be called
     if machine.world > 1:
         forward = nn.parallel.DistributedDataParallel(forward)
     samples = Samples(train_images, transform_for(recipe.data, size, recipe.augment), recipe.seed)
@@ -1256,7 +1260,7 @@ def run_training(args, given, machine):
     else:
         trained = checkpoint["recipe"] if checkpoint else {}
         name = given.pop("model", trained.get("model", default_model(args.train)))
-        given.setdefault("dtype", dtype_for("auto", machine.device))  # also for --dtype auto
+        given.setdefault("dtype", dtype_for("auto", machine.device))  # "auto" is not in given
         recipe = recipe_for(args.train, name, given, world=machine.world,
                             fine_tuning=checkpoint is not None, new_head=not keep_head)
     batch, at_once = recipe.batch_size, recipe.micro_batch * machine.world
@@ -1272,7 +1276,7 @@ def run_training(args, given, machine):
         load_weights(model, adapt(checkpoint["model"], model, keep_head), args.checkpoint)
     model.to(machine.device)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # DistributedDataParallel wants its gradients' layout
+        if isinstance(module, nn.Conv2d):  # weights in the layout of their gradients, for DDP
             module.to(memory_format=torch.channels_last)
     folder = args.out
     if machine.rank == 0 and not args.resume:
@@ -1293,7 +1297,7 @@ def run_training(args, given, machine):
         hint = "; no epoch had ended: nothing is saved"
         if Path(f"{folder}/last.pt").exists():
             hint = f"; go on with: {command} --train {args.train} --resume --out {folder}"
-        raise KeyboardInterrupt(hint if machine.rank == 0 else "") from None  # main prints it
+        raise KeyboardInterrupt(hint if machine.rank == 0 else "") from None  # main prints the hint
     print(f"finished: test {percent(history[-1], classes)}, {folder}/last.pt; to test it again:\n"
           f"{command} --eval {args.train} --checkpoint {folder}/last.pt")
 
