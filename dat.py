@@ -75,8 +75,8 @@ def expect(condition, otherwise):
 # ======== 1. attention (Sec. 3.1)
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2, with the bias of Eq. 9.
-    Shape: q (B, M, N, d), k and v (B, M, K, d), bias (B or 1, M, N, K) -> (B, M, N, d). In all
-    of them there may be more axes than M: those of windows are rows, columns, M."""
+    Shape: q (B, M, N, d), k and v (B, M, K, d), bias (B or 1, M, N, K) -> (B, M, N, d).
+    For windows, all of them have (rows, columns, M) in the place of M."""
     bias = bias.to(q.dtype)
     if q.is_cpu:  # the formula is faster there than PyTorch's kernels
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
@@ -152,10 +152,9 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far one of `count` points may move along an axis of `length` px: s half cells. A cell is
-    the part of the axis that a point has, length / count px. (The paper gives s no unit; half
-    cells are the release's. The release takes an axis of length - 1 px, between the centres of
-    the outer pixels [D1].)"""
+    """How far one of `count` points may move along an axis of `length` px, in px: s / 2 times its
+    share of the axis, length / count. The paper gives s no unit (Sec. 3.2). The release's bound is
+    s / count on an axis from -1 to 1 of length - 1 px: s / 2 * (length - 1) / count [D1]."""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -317,7 +316,7 @@ class WindowAttention(nn.Module):
     def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
         check(dim=dim, heads=heads, window=window)
-        expect(isinstance(shift, Integral) and 0 <= shift <= window,
+        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # [D3]: 1 if w = 1
                f"shift={shift!r}: expected a whole number from 0 to window={window}")
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -499,7 +498,7 @@ class Block(nn.Module):
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
-        # With a name, `hidden` is freed at the very end: faster on a CPU (lab/RESULTS.md).
+        # The name `hidden` keeps this memory to the end: faster on a CPU (lab/RESULTS.md).
         hidden = self.mlp["expand"](self.norm2(z))
         return drop_path(self.mlp["contract"](F.gelu(hidden)), self.rate, self.training) + z
 
@@ -803,6 +802,7 @@ class Samples(Dataset):
 
     def __getitem__(self, place):
         image, label = self.images[place % len(self)]
+        # As torch.manual_seed, which takes far longer: it seeds all GPUs, too.
         torch.default_generator.manual_seed(seed_of("image", self.seed, place))
         return self.transform(image), label
 
