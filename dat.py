@@ -1148,6 +1148,15 @@ def dtype_for(choice, device):
     return "bfloat16" if fast else "float32"
 
 
+def device_for(choice):
+    """The device of the flag --device; "auto" is a GPU if there is one. Raises: InputError."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
+    kind = next(name for name in here if here[name]) if choice == "auto" else choice
+    expect(here[kind], f"--device {kind}: PyTorch finds none here; try --device cpu")
+    return torch.device(kind)
+
+
 def start_machine(args):
     """The device and the processes of this run; joins those of torchrun. Raises: InputError."""
     rank, local_rank, world = 0, 0, 1
@@ -1155,12 +1164,8 @@ def start_machine(args):
     if names <= os.environ.keys():  # torchrun sets all; a cluster may set some for one process
         rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
         world = int(os.environ["WORLD_SIZE"])
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
-    kind = next(name for name in here if here[name]) if args.device == "auto" else args.device
-    expect(here[kind], f"--device {kind}: PyTorch finds none here; try --device cpu")
-    workers = args.workers or 0
-    if kind == "cuda":
+    device, workers = device_for(args.device), args.workers or 0
+    if device.type == "cuda":
         count = torch.cuda.device_count()
         expect(local_rank < count, f"process {local_rank + 1} of this machine finds {count} GPUs: "
                                    "start no more processes (--nproc-per-node)")
@@ -1174,7 +1179,7 @@ def start_machine(args):
         dist.init_process_group()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # process 0 reports for all
-    return Machine(torch.device(kind), rank, world, workers)
+    return Machine(device, rank, world, workers)
 
 
 def load_data(machine, name, root, split):

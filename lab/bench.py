@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
-from lab.command import add_device, count, device_for, run
+from lab.command import add_device, run
 from lab.cost import count_macs
 
 WARM_UP, CALLS = 2, 15
@@ -123,13 +123,13 @@ def measure(names, task):
 def main(parser):
     add = parser.add_argument
     add("--model", choices=dat.VARIANTS, default="dat-t")
-    add("--batch-size", type=count, help="default: 8 on a CPU, else 128")
+    add("--batch-size", type=dat.whole_number, help="default: 8 on a CPU, else 128")
     add_device(parser)
     add("--compile", action="store_true", help="torch.compile ours")
     add("--release", metavar="DIR", help="compare with the authors' code (with dat-t only)")
     add("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.device = device_for(args.device).type
+    args.device = dat.device_for(args.device).type
     args.batch_size = args.batch_size or (8 if args.device == "cpu" else 128)
     if args.serve:
         return serve(args, *args.serve)

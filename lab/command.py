@@ -3,34 +3,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
-
-
-def count(text):
-    """The type of a flag that takes a whole number, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, not {text!r}")
-    return int(text)
 
 
 def add_device(parser):
     """The flag --device, as dat.py has it."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                         help="default: auto, a GPU if there is one")
-
-
-def device_for(choice):
-    """The device of --device. Raises: dat.InputError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if choice == "auto":
-        choice = next(name for name in there if there[name])
-    if not there[choice]:
-        raise dat.InputError(f"--device {choice}: PyTorch finds none here; try --device cpu")
-    return torch.device(choice)
 
 
 def run(main, docstring):

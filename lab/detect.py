@@ -21,7 +21,7 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, make_grid, sa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
-from lab.command import add_device, count, device_for, run
+from lab.command import add_device, run
 
 CONFIG = dat.DATConfig(image_size=(96, 128), drop_path=0.1, stages=(
     dat.StageConfig(dim=48, heads=3, blocks="LS", window=4),
@@ -111,13 +111,13 @@ def draw(scenes, targets, found, points):
 
 def main(parser):
     add = parser.add_argument
-    add("--epochs", type=count, default=20, help=f"of {SCENES:,} scenes; default: 20")
+    add("--epochs", type=dat.whole_number, default=20, help=f"of {SCENES:,} scenes; default: 20")
     add("--no-offsets", action="store_true", help="points stay on their grid")
     add("--windows", action="store_true", help="S blocks in place of D blocks")
     add("--seed", type=int, default=0)
     add_device(parser)
     args = parser.parse_args()
-    device = device_for(args.device)
+    device = dat.device_for(args.device)
     half = dat.dtype_for("auto", device) == "bfloat16"  # float16 would need a scaler
     stages = [replace(stage, blocks=stage.blocks.replace("D", "S"), groups=None)
               for stage in CONFIG.stages] if args.windows else CONFIG.stages

@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dat
-from lab.command import count, run
+from lab.command import run
 from lab.draw import inspect
 
 TEST_IMAGES = 2000
@@ -82,8 +82,8 @@ def train(config, seed, epochs):
 
 def main(parser):
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--epochs", type=count, default=3)
-    parser.add_argument("--seeds", type=count, default=3, help="how many")
+    parser.add_argument("--epochs", type=dat.whole_number, default=3)
+    parser.add_argument("--seeds", type=dat.whole_number, default=3, help="how many")
     args = parser.parse_args()
     torch.set_num_threads(1)
     test, table = dat.make_shapes(TEST_IMAGES, seed=0), {}  # as the test set of `shapes`
