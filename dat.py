@@ -4,7 +4,7 @@
 # ///
 """DAT in one file: Vision Transformer with Deformable Attention (Xia et al., CVPR 2022).
 
-    python dat.py --train shapes    # generated images: a minute on two cores
+    python dat.py --train shapes    # generated images: minutes on two cores
     python dat.py --train cifar10   # downloads the images once
     pytest                          # properties, parity with reference_numpy.py
 
@@ -51,6 +51,7 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -72,36 +73,6 @@ def expect(condition, otherwise):
         raise InputError(otherwise)
 
 
-# ======== 1. attention (Sec. 3.1)
-def attend(q, k, v, bias):
-    """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2, with the bias of Eq. 9.
-    Shape: q (B, M, N, d), k and v (B, M, K, d), bias (B or 1, M, N, K) -> (B, M, N, d).
-    For windows, all of them have (rows, columns, M) in the place of M."""
-    bias = bias.to(q.dtype)
-    if q.is_cpu:  # the formula is faster there than PyTorch's kernels
-        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
-        scores += bias
-        return scores.softmax(dim=-1) @ v
-    shape = q.shape
-    # PyTorch's kernels want four axes: all between B and N become one. Of these kernels cuDNN's is
-    # left out, as it has bugs with a bias.
-    q, k, v, bias = (x.flatten(1, -3) for x in (q, k, v, bias))
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(shape)
-
-
-def drop_path(x, rate, training):
-    """In training, zeroes each sample of x (B, ..) with probability `rate` and scales up others."""
-    if not training or rate == 0:
-        return x
-    kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= rate
-    return x * (kept / (1 - rate)).to(x.dtype)
-
-
-def position_table(*shape):
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.01))  # [D7]
-
-
 CHOICES = {"geometry": ("paper", "release"), "position": ("relative", "fixed", "none"),
            "stem": ("patch", "conv"), "offsets": (True, False)}
 
@@ -121,9 +92,8 @@ def check(**values):
         expect(fits, f"{name}={value!r}: expected {expected}")
     dim, heads, groups = (values.get(name, 1) for name in ("dim", "heads", "groups"))
     expect(dim % heads == 0, f"dim={dim} is not divisible by heads={heads}")
-    expect(heads % groups == 0, f"groups={groups} does not divide heads={heads}")
-    kernel = values.get("kernel", 1)
-    expect(kernel % 2 == 1, f"kernel={kernel} is even: a kernel needs a centre")
+    expect(heads % groups == 0, f"heads={heads} is not divisible by groups={groups}")
+    expect(values.get("kernel", 1) % 2 == 1, f"kernel={values.get('kernel')}: expected an odd one")
 
 
 def height_and_width(name, size):
@@ -134,14 +104,51 @@ def height_and_width(name, size):
     return pair
 
 
-# ======== 2. coordinates and sampling (Sec. 3.2, Eq. 8)
 def ceil_div(a, b):
     return -(-a // b)
 
 
+# ======== 1. attention (Sec. 3.1)
+def attend(q, k, v, bias):
+    """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2, with the bias of Eq. 9.
+    Shape: q (B, M, N, d), k and v (B, M, K, d), bias (B or 1, M, N, K) -> (B, M, N, d).
+    Attention in windows has three axes in the place of M: (rows, columns, M)."""
+    bias = bias.to(q.dtype)
+    if q.is_cpu:  # the formula is faster there than PyTorch's kernels
+        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
+        scores += bias
+        return scores.softmax(dim=-1) @ v
+    shape = q.shape
+    q, k, v, bias = (x.flatten(1, -3) for x in (q, k, v, bias))  # kernels want four axes
+    # Without cuDNN's kernel, which has bugs with a bias.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(shape)
+
+
+def drop_path(x, rate, training):
+    """In training, zeroes each sample of x (B, ..) with probability `rate` and scales up others."""
+    if not training or rate == 0:
+        return x
+    kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= rate
+    return x * (kept / (1 - rate)).to(x.dtype)
+
+
+def position_table(*shape):
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.01))  # [D7]
+
+
+def resize(table, size):
+    """A position table (.., h, w) with its last two axes at another size (H, W) [D2]. The middle
+    stays the middle: in a "relative" table it stands for no displacement."""
+    if table.shape[-2:] == size:
+        return table
+    resized = F.interpolate(table.flatten(0, -3)[None], size, mode="bicubic")[0]
+    return resized.unflatten(0, table.shape[:-2])
+
+
+# ======== 2. coordinates and sampling (Sec. 3.2, Eq. 8)
 def reference_coordinates(count, length, geometry, like):
-    """Where `count` reference points stand on an axis of `length` px. The queries stand where
-    `length` points would: on the pixels, but not in "release". Paper: Sec. 3.2.
+    """Where `count` reference points stand on an axis of `length` px. Paper: Sec. 3.2.
     Shape: (count,), of the type and device of `like`.
     "paper": evenly from the first pixel's centre to the last's; a single point in the middle.
     "release": the middles of `count` equal parts of the line between those centres [D1]."""
@@ -152,9 +159,9 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far one of `count` points may move along an axis of `length` px, in px: s / 2 times its
-    share of the axis, length / count. The paper gives s no unit (Sec. 3.2). The release's bound is
-    s / count on an axis from -1 to 1 of length - 1 px: s / 2 * (length - 1) / count [D1]."""
+    """How far, in px, one of `count` points may move along an axis of `length` px. The paper gives
+    s no unit (Sec. 3.2). Here it is s / 2 times the length for each point, length / count; the
+    release measures from the first pixel's centre to the last's: (length - 1) / count [D1]."""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -167,8 +174,7 @@ def bilinear_sample(maps, points):
 
 
 def sample_at(maps, y, x):
-    """bilinear_sample with y and x apart. For position_bias, whose y and x are small and then
-    broadcast, this is faster. Shape: y and x broadcast to (B, ..) -> (B, C, ..)."""
+    """bilinear_sample for y and x that broadcast to (B, ..): faster where they are small."""
     B, C, H, W = maps.shape
     # grid_sample takes (x, y). With align_corners=False, -1 and 1 are the outer edges of the map,
     # half a pixel beyond 0 and H - 1. (With True they are 0 and H - 1, which fails if H = 1.)
@@ -178,22 +184,11 @@ def sample_at(maps, y, x):
     return sampled.to(maps.dtype).view(B, C, *y.shape[1:])
 
 
-def resize(table, size):
-    """A position table with its last two axes at another size [D2]. The middle stays the middle:
-    in a "relative" table it stands for no displacement.
-    Shape: (.., h, w) -> (.., *size)."""
-    if table.shape[-2:] == size:
-        return table
-    resized = F.interpolate(table.flatten(0, -3)[None], size, mode="bicubic")[0]
-    return resized.unflatten(0, table.shape[:-2])
-
-
 # ======== 3. deformable attention (Sec. 3.2, Eq. 6-9)
 class OffsetNetwork(nn.Module):
     """theta_offset, one for all groups: how far points should move. Paper: Sec. 3.2, Fig. 2 (b).
-    Depth-wise k x k convolution, layer norm [D4], GELU, and a 1x1 convolution without bias, as a
-    bias would shift all points alike. Shape: (B G, H, W, C / G) -> (B G, Hk, Wk, 2): (y, x),
-    unbounded."""
+    Shape: (B G, H, W, C / G) -> (B G, Hk, Wk, 2): (y, x), unbounded. Depth-wise k x k convolution,
+    layer norm [D4], GELU, and a 1x1 convolution without bias, which would move all points alike."""
     def __init__(self, *, dim, kernel, stride):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, kernel, stride, kernel // 2, groups=dim)
@@ -263,6 +258,7 @@ class DeformableAttention(nn.Module):
         table = resize(self.table.to(points.dtype), (2 * H - 1, 2 * W - 1))
         table = table.expand(B, -1, -1, -1)  # (B, M, 2 H - 1, 2 W - 1)
         table = table.unflatten(1, (G, -1)).flatten(0, 1)  # (B G, M / G, 2 H - 1, 2 W - 1)
+        # Queries stand where H x W reference points would: on the pixels, but not in "release".
         query_y = reference_coordinates(H, H, self.geometry, like=points)  # (H,)
         query_x = reference_coordinates(W, W, self.geometry, like=points)  # (W,)
         key_y, key_x = points.view(B * G, 1, 1, Hk * Wk, 2).unbind(-1)  # (B G, 1, 1, K) each
@@ -272,13 +268,11 @@ class DeformableAttention(nn.Module):
         return bias.view(B, self.heads, H * W, Hk * Wk)
 
     def fixed_bias(self, query_size, key_size):
-        """An ablation [D5]: one number for each query and key, whatever the offset. The table
-        (M, H, W, Hk, Wk) is resized, first its last two axes, then those of queries.
+        """An ablation [D5]: one number for each query and key, whatever the offset.
         Shape: query_size (H, W), key_size (Hk, Wk) -> (1, M, N, K)."""
-        table = resize(self.table, key_size).permute(0, 3, 4, 1, 2)
-        table = resize(table, query_size)  # (M, Hk, Wk, H, W)
-        table = table.flatten(3).flatten(1, 2)  # (M, K, N)
-        return table.transpose(1, 2)[None]
+        table = resize(self.table, key_size)  # (M, h, w, Hk, Wk): h, w as the table was made
+        table = resize(table.permute(0, 3, 4, 1, 2), query_size)  # (M, Hk, Wk, H, W)
+        return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]  # (1, M, N, K)
 
     def sample(self, x, points):
         """x~: the channels of each group, read at its points. Paper: Eq. 7 and 8.
@@ -331,29 +325,23 @@ class WindowAttention(nn.Module):
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
         return x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
 
-    def regions(self, H, W):
-        """A number for each pixel of each window: (rows, columns, w w). Pixels of a window with
-        one number were together before the map was filled up and rolled. Rolling takes the first
-        `shift` rows of the map to the bottom, into the windows of its last rows, and columns
-        alike: these pixels get 2 to 4, the others 1. The zeros that fill up get 0."""
-        rolled_y = torch.arange(H, device=self.table.device) < self.shift
-        rolled_x = torch.arange(W, device=self.table.device) < self.shift
+    def bias(self, H, W):
+        """The table at query - key + w - 1, or minus infinity for a query and a key of different
+        regions of an H x W map. Shape: -> (1, rows, columns, M, w w, w w).
+        Rolling joins regions that lie far apart: it takes the first `shift` rows of the map to the
+        bottom, and columns alike. These pixels have regions 2 to 4, the others 1, zeros that fill
+        up 0. (The zeros see one another: a row of minus infinity alone would give NaN.)"""
+        w, device = self.window, self.table.device
+        i = torch.arange(w, device=device)
+        y, x = i.repeat_interleave(w), i.repeat(w)  # (w w,): the pixels of a window
+        row, column = y[:, None] - y + w - 1, x[:, None] - x + w - 1  # (w w, w w): query, key
+        rolled_y = torch.arange(H, device=device) < self.shift
+        rolled_x = torch.arange(W, device=device) < self.shift
         region = 1 + 2 * rolled_y[:, None] + rolled_x  # (H, W), from 1 to 4
         region = self.cut(region[None, :, :, None]).squeeze((0, 5))  # (rows, w, columns, w)
-        return region.transpose(1, 2).flatten(2)
-
-    def bias(self, H, W):
-        """The table at query - key + w - 1, or minus infinity for a query and a key from different
-        regions. (The zeros see one another: a row of minus infinity alone would give NaN.)
-        Shape: -> (1, rows, columns, M, w w, w w)."""
-        i = torch.arange(self.window, device=self.table.device)
-        y, x = i.repeat_interleave(self.window), i.repeat(self.window)  # (w w,): pixels of a window
-        row = y[:, None] - y + self.window - 1  # (w w, w w): query, key
-        column = x[:, None] - x + self.window - 1
-        region = self.regions(H, W)
-        apart = region[..., :, None] != region[..., None, :]  # (rows, columns, w w, w w)
-        bias = self.table[:, row, column]  # (M, w w, w w)
-        return bias.masked_fill(apart[None, :, :, None], -math.inf)  # broadcasts bias, too
+        region = region.transpose(1, 2).flatten(2)[:, :, None]  # (rows, columns, 1, w w)
+        apart = region.unsqueeze(4) != region.unsqueeze(3)  # (rows, columns, 1, w w, w w)
+        return torch.where(apart, -math.inf, self.table[:, row, column])[None]
 
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
@@ -388,9 +376,9 @@ class StageConfig:
     def __post_init__(self):
         expect(isinstance(self.blocks, str) and self.blocks and set(self.blocks) <= set("LSD"),
                f"blocks={self.blocks!r}: expected letters L, S and D")
-        expect("D" in self.blocks or self.groups is None,
-               f"groups={self.groups!r}: expected None, as blocks has no D")
-        check(dim=self.dim, heads=self.heads, groups=self.groups if "D" in self.blocks else 1,
+        has_d = "D" in self.blocks
+        expect(has_d or self.groups is None, f"groups={self.groups!r}: blocks has no D, omit it")
+        check(dim=self.dim, heads=self.heads, groups=self.groups if has_d else 1,
               window=self.window, stride=self.stride, kernel=self.kernel,
               offset_range=self.offset_range)
 
@@ -416,10 +404,10 @@ class DATConfig:
         stages = tuple(StageConfig(**s) if isinstance(s, dict) else s for s in stages)
         expect(stages and all(isinstance(stage, StageConfig) for stage in stages),
                f"stages={self.stages!r}: expected a StageConfig or more, in a tuple")
-        size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
         object.__setattr__(self, "stages", stages)  # as the dataclass is frozen
-        object.__setattr__(self, "image_size", size)
-        height_and_width("image_size", size)
+        if isinstance(self.image_size, list):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        height_and_width("image_size", self.image_size)
         check(patch=self.patch, stem=self.stem, classes=self.classes, mlp_ratio=self.mlp_ratio,
               drop_path=self.drop_path, geometry=self.geometry, offsets=self.offsets,
               position=self.position)
@@ -430,8 +418,8 @@ class DATConfig:
 
     def map_sizes(self):
         """(H, W) of the map of each stage, for an image of `image_size`."""
-        H, W = height_and_width("image_size", self.image_size)
         scales = [self.patch * 2 ** i for i in range(len(self.stages))]  # image px per map px
+        H, W = height_and_width("image_size", self.image_size)
         return [(ceil_div(H, scale), ceil_div(W, scale)) for scale in scales]
 
 
@@ -520,9 +508,9 @@ class DAT(nn.Module):
         depth = sum(len(stage.blocks) for stage in config.stages)
         rates = iter([config.drop_path * i / max(depth - 1, 1) for i in range(depth)])
         self.stages = nn.ModuleList()
-        for i, (stage, size) in enumerate(zip(config.stages, config.map_sizes())):
+        for stage, size in zip(config.stages, config.map_sizes()):
             down = nn.Identity()
-            if i > 0:
+            if self.stages:  # all but the first
                 kernel = 2 if config.stem == "patch" else 3  # no bias: as in the release
                 down = Projection(dim, stage.dim, kernel=kernel, stride=2, bias=False)
             blocks = [Block(config, stage, size, letter, next(rates)) for letter in stage.blocks]
@@ -554,7 +542,7 @@ class DAT(nn.Module):
     def sampling_points(self, images):
         """Where each D block reads its keys: a list of (B, G, Hk, Wk, 2), (y, x) in image px."""
         x = self.embed(images)
-        found = []
+        points = []
         for i, stage in enumerate(self.stages):
             scale = self.config.patch * 2 ** i  # image px per map px
             # The place of map pixel 0 in the image: the middle of a patch; 0 for the stem "conv".
@@ -563,9 +551,9 @@ class DAT(nn.Module):
             for block in stage.blocks:
                 if isinstance(block.attention, DeformableAttention):
                     q = block.attention.q(block.norm1(x))
-                    found.append(first + scale * block.attention.points(q))
+                    points.append(first + scale * block.attention.points(q))
                 x = block(x)
-        return found
+        return points
 
 
 def build(variant, **overrides):
@@ -576,37 +564,31 @@ def build(variant, **overrides):
 
 
 # ======== 6. the authors' weights
-LAYERS = {  # parts of stem, down-sampling, offset network, MLP: the release's names and ours
-    "0": "conv", "1.norm": "norm", "3": "out",
-    "chunk.linear1": "mlp.expand", "chunk.linear2": "mlp.contract"}
-
-
-def layer_name(words):
-    name = ".".join(words)
-    return LAYERS.get(name, name)
+RELEASE_NAMES = {  # regular expressions for parts of the release's names, and our names
+    r"^patch_proj\.0": "stem.conv",
+    r"^patch_proj\.1\.norm": "stem.norm",
+    r"^(stages\.\d+\.down)\.0": r"\1.conv",
+    r"^(stages\.\d+\.down)\.1\.norm": r"\1.norm",
+    r"\.mlps\.(\d+)\.chunk\.linear1": r".blocks.\1.mlp.expand",
+    r"\.mlps\.(\d+)\.chunk\.linear2": r".blocks.\1.mlp.contract",
+    r"\.attns\.(\d+)\.(proj_)?": r".blocks.\1.attention.",
+    r"\.conv_offset\.0": ".offset.conv",
+    r"\.conv_offset\.1\.norm": ".offset.norm",
+    r"\.conv_offset\.3": ".offset.out",
+    r"\.(rpe|relative_position_bias)_table$": ".table",
+    r"^cls_norm\.norm": "norm",
+    r"^cls_head": "head"}
 
 
 def our_name(name):
-    """The name here of a parameter of the release; other names stay. `kind`: weight or bias."""
+    """The name here of a parameter of the release; our own names stay as they are."""
     match name.split("."):
-        case ["patch_proj", *layer, kind]:
-            return f"stem.{layer_name(layer)}.{kind}"
-        case ["down_projs", i, *layer, kind]:
-            return f"stages.{int(i) + 1}.down.{layer_name(layer)}.{kind}"
+        case ["down_projs", i, *rest]:  # there the second stage has the first
+            name = ".".join(["stages", str(int(i) + 1), "down", *rest])
         case ["stages", i, "layer_norms", j, "norm", kind]:  # two in each block
-            return f"stages.{i}.blocks.{int(j) // 2}.norm{int(j) % 2 + 1}.{kind}"
-        case ["stages", i, "mlps", j, *layer, kind]:
-            return f"stages.{i}.blocks.{j}.{layer_name(layer)}.{kind}"
-        case ["stages", i, "attns", j, "rpe_table" | "relative_position_bias_table"]:
-            return f"stages.{i}.blocks.{j}.attention.table"
-        case ["stages", i, "attns", j, "conv_offset", *layer, kind]:
-            return f"stages.{i}.blocks.{j}.attention.offset.{layer_name(layer)}.{kind}"
-        case ["stages", i, "attns", j, layer, kind]:  # proj_qkv, proj_q, .., proj_out
-            return f"stages.{i}.blocks.{j}.attention.{layer.removeprefix('proj_')}.{kind}"
-        case ["cls_norm", "norm", kind]:
-            return f"norm.{kind}"
-        case ["cls_head", kind]:
-            return f"head.{kind}"
+            name = f"stages.{i}.blocks.{int(j) // 2}.norm{int(j) % 2 + 1}.{kind}"
+    for theirs, ours in RELEASE_NAMES.items():
+        name = re.sub(theirs, ours, name)
     return name
 
 
@@ -652,9 +634,9 @@ DATA = ("shapes", "cifar10", "cifar100", "imagenet")
 SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "bar")
 
 
-def seed_of(*place):
-    """A seed for one purpose of random numbers: seed_of("image", seed, place)."""
-    return random.Random(repr(place)).getrandbits(63)
+def seed_of(*purpose):
+    """A seed for each purpose of random numbers: seed_of("image", seed, place)."""
+    return random.Random(repr(purpose)).getrandbits(63)
 
 
 def make_shapes(count, *, seed, side=32):
@@ -675,9 +657,8 @@ def make_shapes(count, *, seed, side=32):
         images = torch.where(box, draw(0, 0.6, 3, 1, 1), images)
 
     radius, angle = draw(0.2, 0.36, 1, 1) * side, draw(0, 2 * math.pi, 1, 1)
-    centre_y = radius + (side - 2 * radius) * draw(0, 1, 1, 1)
-    centre_x = radius + (side - 2 * radius) * draw(0, 1, 1, 1)
-    y, x = row - centre_y, column - centre_x
+    y = row - radius - (side - 2 * radius) * draw(0, 1, 1, 1)  # from the figure's centre
+    x = column - radius - (side - 2 * radius) * draw(0, 1, 1, 1)
     u = (x * angle.cos() + y * angle.sin()) / radius  # along the axes of the figure, from -1 to 1
     v = (y * angle.cos() - x * angle.sin()) / radius
     distance, direction = torch.hypot(u, v), torch.atan2(v, u)
@@ -711,8 +692,8 @@ def read_image(path):
     expect(not image.mode.startswith(("I", "F")),  # convert("RGB") would clip these to white
            f"{path} has pixels of mode {image.mode}: expected 8 bits a channel; convert it")
     if "A" in image.getbands() or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -742,7 +723,7 @@ def load_dataset(name, root, split):
         images, labels, _ = make_shapes(count, seed=seed)
         return TensorDataset(images, labels), SHAPES
     if name == "imagenet":
-        return load_folder(Path(root, {"train": "train", "test": "val"}[split]))
+        return load_folder(Path(root, "train" if split == "train" else "val"))
     from torchvision import datasets
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
@@ -760,7 +741,7 @@ def mean_and_std(data):
     return imagenet if data == "imagenet" else ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-def normalise(image, mean, std):  # much faster than v2.ToDtype and v2.Normalize
+def normalise(image, mean, std):  # five times as fast as v2.ToDtype and v2.Normalize
     return (image / 255 - mean) / std
 
 
@@ -818,6 +799,7 @@ class Recipe:
     batch_size: int  # images an update, in all processes together
     micro_batch: int  # images at once in one process
     lr: float  # the highest learning rate
+    optimizer: str = "adamw"  # or "muon", for the matrices of the blocks
     warmup: float = 20 / 300  # share of the updates in which the rate rises
     floor: float = 0.01  # the last rate, as a share of the highest
     clip: float = 5.0  # largest norm of the gradient
@@ -827,10 +809,11 @@ class Recipe:
     seed: int = 0
 
 
-def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False):
-    """The recipe for `data`. The values that the user has `given`, a dict, replace its own; "dtype"
-    is always given. The recipes for imagenet, or a folder of one's own, are the authors', but for
-    a new head. Their rate grows with the batch: "lr_of_512" is the rate for 512 images."""
+def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
+    """The recipe for `data`. The values that the user has `given`, a dict, replace its own; "model"
+    and "dtype" are always given. For imagenet, or a folder of one's own, recipes are the authors',
+    but for a new head, and their rate grows with the batch."""
+    model = given["model"]
     if data == "shapes":
         recipe = {"epochs": 4, "batch_size": 64, "lr": 3e-3, "warmup": 0.25}
     elif data != "imagenet" and model == "cifar":  # the variant for a GPU
@@ -838,28 +821,25 @@ def recipe_for(data, model, given, *, world=1, fine_tuning=False, new_head=False
     elif data != "imagenet":
         recipe = {"epochs": 6, "batch_size": 128, "lr": 2e-3, "warmup": 0.05}
     elif fine_tuning and new_head:
-        recipe = {"epochs": 30, "batch_size": 64, "lr_of_512": 1e-3}
+        recipe = {"epochs": 30, "batch_size": 64, "lr": 1.25e-4}
     elif fine_tuning:
-        recipe = {"epochs": 30, "batch_size": 512, "lr_of_512": 2e-6, "warmup": 0.0, "floor": 0.05,
+        recipe = {"epochs": 30, "batch_size": 512, "lr": 2e-6, "warmup": 0.0, "floor": 0.05,
                   "weight_decay": 1e-8}
     elif model.startswith("dat-b"):
-        recipe = {"epochs": 300, "batch_size": 1024, "lr_of_512": 4e-4, "warmup": 50 / 300,
+        recipe = {"epochs": 300, "batch_size": 1024, "lr": 8e-4, "warmup": 50 / 300,
                   "floor": 1 / 80, "clip": 1.0}
     else:
-        recipe = {"epochs": 300, "batch_size": 1024, "lr_of_512": 5e-4}
-    epochs = given.get("epochs", recipe["epochs"])
-    if data != "imagenet":  # strong augmentation and mixing hurt short runs (lab/RESULTS.md)
-        recipe |= {"augment": "strong" if epochs >= 60 else "light",
-                   "mixed": 0.9 if epochs >= 100 else 0.0}
+        recipe = {"epochs": 300, "batch_size": 1024, "lr": 1e-3}
+    if data == "imagenet":
+        recipe["lr"] *= given.get("batch_size", recipe["batch_size"]) / recipe["batch_size"]
+    elif given.get("epochs", recipe["epochs"]) < 100:  # too short for more (lab/RESULTS.md)
+        recipe |= {"augment": "light", "mixed": 0.0}
     recipe |= given
-    lr_of_512 = recipe.pop("lr_of_512", None)
-    if "lr" not in recipe:
-        recipe["lr"] = lr_of_512 * recipe["batch_size"] / 512
     if "micro_batch" not in recipe:  # the largest that fits memory and splits the batch evenly
         largest = 128 if data == "imagenet" else 1024
         sizes = [n for n in range(1, largest + 1) if recipe["batch_size"] % (n * world) == 0]
         recipe["micro_batch"] = max(sizes, default=1)
-    return Recipe(data=data, model=model, **recipe)
+    return Recipe(data=data, **recipe)
 
 
 def learning_rate(update, *, updates, peak, warmup, floor):
@@ -874,14 +854,53 @@ def learning_rate(update, *, updates, peak, warmup, floor):
     return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def parameter_groups(model, weight_decay):
-    """For an optimiser: weights of layers decay; biases, norms and position tables do not."""
-    decayed = {"params": [], "weight_decay": weight_decay}
-    others = {"params": [], "weight_decay": 0.0}
-    for name, parameter in model.named_parameters():
-        group = decayed if parameter.ndim > 1 and not name.endswith("table") else others
-        group["params"].append(parameter)
-    return [decayed, others]
+def orthogonalise(matrix):
+    """Nearly U V^T of a matrix U S V^T: its singular values become about 1 (0.7 to 1.2), in five
+    Newton-Schulz steps. Source: Jordan et al., 2024, kellerjordan.github.io/posts/muon."""
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    x = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):  # each singular value s of x becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x if wide is matrix else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Gradient descent with momentum whose steps are orthogonal matrices: all directions of a layer
+    learn alike, not just the few that dominate its gradient. Source: as orthogonalise. In float32,
+    as torch.optim.Muon, in bfloat16, is slow on most CPUs."""
+    def __init__(self, matrices, weight_decay, momentum=0.95):
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for matrix in group["params"]:
+                state = self.state[matrix]
+                if not state:
+                    state["mean"] = torch.zeros_like(matrix)  # of the gradients
+                mean = state["mean"].lerp_(matrix.grad, 1 - momentum)
+                step = orthogonalise(matrix.grad.lerp(mean, momentum))  # Nesterov's momentum
+                matrix *= 1 - lr * group["weight_decay"]
+                # With this factor the entries are as large as AdamW's, so its rates fit.
+                matrix -= lr * 0.2 * math.sqrt(max(matrix.shape)) * step
+
+
+def make_optimizers(model, name, weight_decay):
+    """AdamW; if `name` is "muon", that for the matrices of the blocks and AdamW for the rest.
+    Weights of layers decay; biases, norms and position tables do not."""
+    matrices, weights, others = [], [], []
+    for key, parameter in model.named_parameters():
+        if name == "muon" and parameter.ndim == 2 and ".blocks." in key:
+            matrices.append(parameter)
+        elif parameter.ndim > 1 and not key.endswith("table"):
+            weights.append(parameter)
+        else:
+            others.append(parameter)
+    adamw = torch.optim.AdamW([{"params": weights, "weight_decay": weight_decay},
+                               {"params": others, "weight_decay": 0.0}], fused=True)
+    return [adamw, Muon(matrices, weight_decay)] if matrices else [adamw]
 
 
 # ======== 9. checkpoints
@@ -898,7 +917,7 @@ def write_atomically(path, content):
         copy.unlink(missing_ok=True)
 
 
-def save(folder, model, optimizer, scaler, recipe, history, classes):
+def save(folder, model, optimizers, scaler, recipe, history, classes):
     """last.pt, from which a run resumes, and metrics.csv, a line an epoch."""
     mean, std = mean_and_std(recipe.data)
     # In training, weights of convolutions are channels-last, which safetensors refuses.
@@ -906,7 +925,8 @@ def save(folder, model, optimizer, scaler, recipe, history, classes):
     file = io.BytesIO()
     torch.save({"model": weights, "config": asdict(model.config), "classes": classes,
                 "mean": mean, "std": std, "recipe": asdict(recipe), "history": history,
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, file)
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "scaler": scaler.state_dict()}, file)
     rows = [history[0].keys()] + [epoch.values() for epoch in history]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     write_atomically(f"{folder}/metrics.csv", table.encode())
@@ -920,10 +940,10 @@ def load_checkpoint(path):
     expect(Path(path).exists(), f"{path} does not exist: expected a file of weights")
     try:  # the authors' files also hold settings, a CfgNode: it is read as an OrderedDict
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, all about this file
         raise InputError(f"{path} is damaged, or no file of weights: {error!r}") from None
-    weights = found.get("model", found) if isinstance(found, dict) else {}
+    weights = content.get("model", content) if isinstance(content, dict) else {}
     named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
     expect(named and weights and all(map(torch.is_tensor, weights.values())),
            f"{path} holds no weights: expected last.pt, a state dict or the authors' file")
@@ -931,10 +951,10 @@ def load_checkpoint(path):
     try:
         if any("patch_proj." in name for name in weights):
             checkpoint["geometry"] = "release"
-        elif "config" in found:
-            config, classes = DATConfig(**found["config"]), tuple(found["classes"])
-            checkpoint = found | {"geometry": config.geometry, "config": config,
-                                  "classes": classes, "recipe": dict(found["recipe"])}
+        elif "config" in content:
+            config = DATConfig(**content["config"])
+            checkpoint |= content | {"geometry": config.geometry, "config": config,
+                                     "classes": tuple(content["classes"])}
         return checkpoint | {"model": rename_weights(weights)}
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise InputError(f"{path} does not hold what it should: {error}") from None
@@ -943,10 +963,9 @@ def load_checkpoint(path):
 def make_model(name, data, classes, checkpoint=None):
     """A new model for these classes: the variant `name`, in the geometry of the checkpoint. If the
     checkpoint is of that variant, its own configuration is taken: VARIANTS may be newer."""
+    config = VARIANTS[name]
     if checkpoint and checkpoint["recipe"].get("model") == name:
         config = checkpoint["config"]
-    else:
-        config = VARIANTS[name]
     geometry = checkpoint["geometry"] if checkpoint else config.geometry
     size = config.image_size if data == "imagenet" else 32
     return DAT(replace(config, classes=len(classes), image_size=size, geometry=geometry))
@@ -1020,7 +1039,6 @@ def evaluate(model, tests, dtype, machine):
         correct += torch.stack([hits[:, 0].sum(), hits.sum()])
         if time.monotonic() - printed_at > 10:
             printed_at = time.monotonic()
-            # Process 0 alone prints: start_machine silences the others.
             print(f"tested {(i + 1) / len(tests):.0%} of the images", flush=True)
     if machine.world > 1:
         dist.all_reduce(correct)
@@ -1033,49 +1051,17 @@ def percent(accuracies, classes):
     return f"top-1 {accuracies['top1']:.2%}{top5}"
 
 
-class Progress:
-    """Prints every ten seconds, and at an epoch's end, where a run is and how long it still takes.
-    `steps`: updates an epoch. `test_images`: their number."""
-    def __init__(self, recipe, steps, first_epoch, test_images):
-        self.recipe, self.steps, self.first_epoch = recipe, steps, first_epoch
-        # What an epoch and its test cost, counted in updates. A test image costs about a third of
-        # a training image: it has no backward pass.
-        self.epoch_cost = steps + test_images / 3 / recipe.batch_size
-        self.start = time.monotonic()
-        self.begin_line()
-
-    def begin_line(self):
-        self.losses, self.line_start = [], time.monotonic()
-
-    def show(self, epoch, step, loss, rate):
-        """After each update. Raises: InputError if the loss is not finite."""
-        self.losses.append(loss)
-        now, recipe = time.monotonic(), self.recipe
-        if now - self.line_start < 10 and step < self.steps - 1:
-            return
-        loss = torch.stack(self.losses).mean().item()
-        expect(math.isfinite(loss), f"epoch {epoch + 1}: the loss is {loss}, not finite; try --lr "
-                                    f"below {recipe.lr:g}")
-        speed = len(self.losses) * recipe.batch_size / (now - self.line_start)
-        done = (epoch - self.first_epoch) * self.epoch_cost + step + 1
-        all_work = (recipe.epochs - self.first_epoch) * self.epoch_cost
-        left = round((now - self.start) * (all_work / done - 1))  # seconds
-        print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{self.steps}  "
-              f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  "
-              f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
-        self.begin_line()
-
-
 def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
     """Trains to the end of the recipe, and saves after each epoch. `resumed`: the checkpoint to
     go on from, or None; `compiles`: whether to use torch.compile. Returns a dict for each epoch.
     Raises: InputError if the loss is not finite."""
     from torchvision.transforms import v2
     device, size, history = machine.device, model.config.image_size, []
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), fused=True)
+    optimizers = make_optimizers(model, recipe.optimizer, recipe.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "float16")
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
+        for optimizer, state in zip(optimizers, resumed["optimizers"]):
+            optimizer.load_state_dict(state)
         scaler.load_state_dict(resumed["scaler"])
         history = resumed["history"]
     forward = torch.compile(model, fullgraph=True) if compiles else model  # to be called
@@ -1091,18 +1077,22 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
     steps = len(train_images) // recipe.batch_size  # updates an epoch
     updates = recipe.epochs * steps
     accumulate = recipe.batch_size // (recipe.micro_batch * machine.world)  # micro-batches
-    progress = Progress(recipe, steps, len(history), len(test_images))
+    # For the time left, in updates: an epoch with its test, whose images cost about a third.
+    epoch_work = steps + len(test_images) / 3 / recipe.batch_size
+    first_epoch, run_start = len(history), time.monotonic()
 
-    for epoch in range(len(history), recipe.epochs):
+    for epoch in range(first_epoch, recipe.epochs):
         model.train()
-        losses, start = [], time.monotonic()  # losses: one for each update
+        epoch_start = line_start = time.monotonic()
+        losses, printed = [], 0  # the loss of each update; of how many a line was printed
         for step in range(steps):
             update = epoch * steps + step
             rate = learning_rate(update, updates=updates, peak=recipe.lr, warmup=recipe.warmup,
                                  floor=recipe.floor)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
             losses.append(torch.zeros((), device=device))
             for i in range(accumulate):
                 images, labels = (t.to(device) for t in next(batches))
@@ -1116,13 +1106,27 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
                     loss = F.cross_entropy(forward(images), labels, label_smoothing=0.1)
                 scaler.scale(loss / accumulate).backward()
                 losses[-1] += loss.detach() / accumulate
-            scaler.unscale_(optimizer)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            scaler.step(optimizer)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
             scaler.update()
-            progress.show(epoch, step, losses[-1], rate)
+            now = time.monotonic()
+            if now - line_start > 10 or step == steps - 1:
+                loss = torch.stack(losses[printed:]).mean().item()
+                expect(math.isfinite(loss), f"epoch {epoch + 1}: the loss is {loss}, not finite; "
+                                            f"try --lr below {recipe.lr:g}")
+                speed = (len(losses) - printed) * recipe.batch_size / (now - line_start)
+                work = (epoch - first_epoch) * epoch_work + step + 1  # since the start
+                all_work = (recipe.epochs - first_epoch) * epoch_work
+                left = timedelta(seconds=round((now - run_start) * (all_work / work - 1)))
+                print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{steps}  "
+                      f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  {left} left",
+                      flush=True)
+                line_start, printed = now, len(losses)
 
-        loss, seconds = torch.stack(losses).mean(), time.monotonic() - start
+        loss, seconds = torch.stack(losses).mean(), time.monotonic() - epoch_start
         if machine.world > 1:
             dist.all_reduce(loss)
         expect(all(parameter.isfinite().all() for parameter in model.parameters()),
@@ -1131,13 +1135,21 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
         history.append({"epoch": epoch + 1, "loss": loss.item() / machine.world, **accuracies,
                         "seconds": seconds})
         if machine.rank == 0:
-            save(folder, model, optimizer, scaler, recipe, history, classes)
+            save(folder, model, optimizers, scaler, recipe, history, classes)
         print(f"epoch {epoch + 1}/{recipe.epochs}  test {percent(accuracies, classes)}", flush=True)
-        progress.begin_line()
     return history
 
 
 # ======== 11. command line
+def device_for(choice):
+    """The device of the flag --device; "auto" is a GPU if there is one. Raises: InputError."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
+    kind = next(name for name in here if here[name]) if choice == "auto" else choice
+    expect(here[kind], f"--device {kind}: PyTorch finds none here; try --device cpu")
+    return torch.device(kind)
+
+
 def dtype_for(choice, device):
     """The type to compute in, by the flag --dtype; "auto" is what the hardware multiplies fast."""
     if choice != "auto":
@@ -1148,22 +1160,13 @@ def dtype_for(choice, device):
     return "bfloat16" if fast else "float32"
 
 
-def device_for(choice):
-    """The device of the flag --device; "auto" is a GPU if there is one. Raises: InputError."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
-    kind = next(name for name in here if here[name]) if choice == "auto" else choice
-    expect(here[kind], f"--device {kind}: PyTorch finds none here; try --device cpu")
-    return torch.device(kind)
-
-
 def start_machine(args):
     """The device and the processes of this run; joins those of torchrun. Raises: InputError."""
     rank, local_rank, world = 0, 0, 1
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     if names <= os.environ.keys():  # torchrun sets all; a cluster may set some for one process
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-        world = int(os.environ["WORLD_SIZE"])
+        rank, local_rank, world = (int(os.environ[name])
+                                   for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device, workers = device_for(args.device), args.workers or 0
     if device.type == "cuda":
         count = torch.cuda.device_count()
@@ -1193,8 +1196,11 @@ def load_data(machine, name, root, split):
     return load_dataset(name, root, split)
 
 
-def default_model(data):
-    return "dat-t" if data == "imagenet" else "cifar-nano"
+def model_for(data, given, checkpoint):
+    """A name in VARIANTS: that of the flag --model, of the checkpoint, or what suits the data."""
+    default = "dat-t" if data == "imagenet" else "cifar-nano"
+    trained = checkpoint["recipe"] if checkpoint else {}
+    return given.get("model", trained.get("model", default))
 
 
 def run_evaluation(args, given, machine):
@@ -1203,9 +1209,9 @@ def run_evaluation(args, given, machine):
     images, classes = load_data(machine, args.eval, args.data, "test")
     expect(checkpoint["classes"] in (None, classes),
            f"{args.checkpoint} is for other classes than those of {args.eval} in {args.data}")
-    trained = checkpoint["recipe"]
-    name = given.get("model", trained.get("model", default_model(args.eval)))
-    dtype = dtype_for(given.get("dtype", trained.get("dtype", "auto")), machine.device)
+    name = model_for(args.eval, given, checkpoint)
+    choice = given.get("dtype", checkpoint["recipe"].get("dtype", "auto"))
+    dtype = dtype_for(choice, machine.device)
     model = make_model(name, args.eval, classes, checkpoint)
     load_weights(model, checkpoint["model"], args.checkpoint)
     tests = test_loader(args.eval, images, model.config.image_size, machine)
@@ -1215,31 +1221,28 @@ def run_evaluation(args, given, machine):
 
 
 def new_folder(out, data):
-    """`out`, or the first runs/<data>-<n> that does not exist. mkdir fails if another run, started
-    at the same time, has made it: both never get the same."""
+    """`out`, or the first runs/<data>-<n> that does not exist. mkdir fails where another run,
+    started at the same time, was faster."""
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
-        return Path(out)
+        return out
     for n in itertools.count(1):
         try:
             Path(f"runs/{data}-{n}").mkdir(parents=True)
-            return Path(f"runs/{data}-{n}")
+            return f"runs/{data}-{n}"
         except FileExistsError:
-            pass
+            continue
 
 
 def load_run(folder, given):
     """The checkpoint of a run to resume, and its recipe, which the flags must agree with."""
     path = Path(folder, "last.pt")
-    expect(Path(folder).is_dir(), f"--out {folder} is no folder of a run to resume")
-    expect(path.exists(), f"{folder}: nothing is saved yet, no epoch had ended; start a new run")
+    expect(path.exists(),
+           f"--out {folder}: nothing is saved yet, no epoch had ended; start a new run")
     checkpoint = load_checkpoint(path)
-    try:
-        recipe = Recipe(**checkpoint["recipe"])
-    except TypeError:
-        raise InputError(f"{path} is no run of this version of dat.py: to start from its weights, "
-                         "use --checkpoint") from None
-    expect({"optimizer", "scaler", "history"} <= checkpoint.keys(), f"{path} holds no whole run")
+    expect("optimizers" in checkpoint, f"{path} is no run of this version of dat.py: to start from "
+                                       "its weights, use --checkpoint")
+    recipe = Recipe(**checkpoint["recipe"])
     for name, value in given.items():
         flag = "--train" if name == "data" else f"--{name.replace('_', '-')}"
         expect(value == getattr(recipe, name),
@@ -1263,10 +1266,9 @@ def run_training(args, given, machine):
     if args.resume:
         expect(keep_head, f"{args.out} is for other classes than those of --data {args.data}")
     else:
-        trained = checkpoint["recipe"] if checkpoint else {}
-        name = given.pop("model", trained.get("model", default_model(args.train)))
-        given.setdefault("dtype", dtype_for("auto", machine.device))  # "auto" is not in given
-        recipe = recipe_for(args.train, name, given, world=machine.world,
+        chosen = {"model": model_for(args.train, given, checkpoint),
+                  "dtype": given.get("dtype", dtype_for("auto", machine.device))}
+        recipe = recipe_for(args.train, given | chosen, world=machine.world,
                             fine_tuning=checkpoint is not None, new_head=not keep_head)
     batch, at_once = recipe.batch_size, recipe.micro_batch * machine.world
     expect(batch <= len(train_images), f"--batch-size {batch} is more than the "
@@ -1284,8 +1286,8 @@ def run_training(args, given, machine):
         if isinstance(module, nn.Conv2d):  # weights in the layout of their gradients, for DDP
             module.to(memory_format=torch.channels_last)
     folder = args.out
-    if machine.rank == 0 and not args.resume:
-        folder = new_folder(args.out, args.train)  # the others need no folder
+    if machine.rank == 0 and not args.resume:  # the others write nothing
+        folder = new_folder(args.out, args.train)
     print(f"{len(train_images):,} images to train on, {len(test_images):,} to test on; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{machine.world} x {machine.device.type}; into {folder}/\n{recipe}", flush=True)
@@ -1331,24 +1333,21 @@ def read_flags(arguments):
     flag("--workers", type=lambda text: whole_number(text, 0),
          help="processes that load images; default: the processors with a GPU, else 0")
     flag("--compile", action="store_true", help="use torch.compile")
-    # Fields of a recipe: a flag that is not given is absent from args.
-    absent = {"default": argparse.SUPPRESS}
-    flag("--model", choices=VARIANTS, help="default: what suits the data", **absent)
-    flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
-         help="type of autocast; auto: what the hardware multiplies fast", **absent)
-    flag("--epochs", type=whole_number, help="times that all images are seen", **absent)
-    flag("--batch-size", type=whole_number, help="images an update, in all processes", **absent)
-    flag("--micro-batch", type=whole_number, help="images at once, for less memory", **absent)
-    flag("--lr", type=float, help="highest learning rate", **absent)
-    flag("--seed", type=lambda text: whole_number(text, 0),
-         help="of all that is random; default: 0", **absent)
+    recipe = parser.add_argument_group("changes of the recipe").add_argument
+    recipe("--model", choices=VARIANTS, help="default: what suits the data")
+    recipe("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
+           help="type of autocast; default: auto, what the hardware multiplies fast")
+    recipe("--epochs", type=whole_number, help="times that all images are seen")
+    recipe("--batch-size", type=whole_number, help="images an update, in all processes")
+    recipe("--micro-batch", type=whole_number, help="images at once, for less memory")
+    recipe("--lr", type=float, help="highest learning rate")
+    recipe("--seed", type=lambda text: whole_number(text, 0), help="of all draws; default: 0")
     args = parser.parse_args(arguments or ["--help"])
     names = ("model", "dtype", "epochs", "batch_size", "micro_batch", "lr", "seed")
-    given = {name: value for name, value in vars(args).items() if name in names}
-    if given.get("dtype") == "auto":
-        del given["dtype"]
+    given = {name: value for name, value in vars(args).items()
+             if name in names and value not in (None, "auto")}
     if not 0 < given.get("lr", 1) < math.inf:
-        parser.error(f"--lr {given['lr']}: expected a number above 0")
+        parser.error(f"--lr {args.lr}: expected a number above 0")
     if args.eval and not args.checkpoint:
         parser.error("--eval needs --checkpoint")
     if args.resume and (not args.train or not args.out or args.checkpoint):

@@ -124,7 +124,7 @@ def main(parser):
     torch.manual_seed(args.seed)
     detector = make_detector(replace(CONFIG, stages=stages, offsets=not args.no_offsets))
     detector = detector.to(device)
-    optimizer = torch.optim.AdamW(dat.parameter_groups(detector, 0.05), fused=True)
+    optimizer, = dat.make_optimizers(detector, "adamw", 0.05)
     start, steps = time.monotonic(), SCENES // BATCH  # of an epoch
     updates = args.epochs * steps
     for update in range(updates):
