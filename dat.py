@@ -25,13 +25,15 @@ Symbols. Modules pass maps as (B, H, W, C):
 
 Departures from the paper (P) and from its authors' code, "the release", commit 566a593 (R):
 
-    [D1] R: in geometry="paper" the outer points start on the outer pixels, in "release" half a
-         cell further inside. Published weights need "release"; load_official sets it.
+    [D1] R: reference points reach from the first pixel's centre to the last's; in the release they
+         stay half a gap inside. Published weights need that: geometry="release", which
+         load_official sets.
     [D2] P, R: any image size. Zeros fill up patches and windows (and windows mask them);
          position tables are resized.
     [D3] P: windows are shifted by ceil(w / 2), as in the release (Swin: floor).
     [D4] P: the offset network has the release's layer norm before GELU.
-    [D5] R: offsets=False and position="fixed" work; in the release they crash.
+    [D5] R: two ablations work that crash there: points that never move (offsets=False) and a
+         bias that ignores where they are (position="fixed").
     [D6] P, R: stem="conv" has overlapping 3x3 convolutions; the release's has 7x7.
     [D7] P: weights start from PyTorch's defaults, position tables at deviation 0.01.
     [D8] R: RandAugment on all images, at one strength; no MixUp or CutMix in the last tenth of
@@ -80,13 +82,14 @@ CHOICES = {"geometry": ("paper", "release"), "position": ("relative", "fixed", "
 def check(**values):
     """Raises InputError for values that no network can have: check(dim=96, heads=3, ..)."""
     for name, value in values.items():
-        number = value if isinstance(value, Real) else math.nan  # NaN fails every comparison
         if name in CHOICES:
             fits, expected = value in CHOICES[name], f"one of {CHOICES[name]}"
         elif name in ("offset_range", "mlp_ratio"):
-            fits, expected = 0 < number < math.inf, "a number above 0"
+            fits = isinstance(value, Real) and 0 < value < math.inf
+            expected = "a number above 0"
         elif name == "drop_path":
-            fits, expected = 0 <= number < 1, "a number from 0 to below 1"
+            fits = isinstance(value, Real) and 0 <= value < 1
+            expected = "a number from 0 to below 1"
         else:
             fits, expected = isinstance(value, Integral) and value >= 1, "a whole number above 0"
         expect(fits, f"{name}={value!r}: expected {expected}")
@@ -119,8 +122,9 @@ def attend(q, k, v, bias):
         scores += bias
         return scores.softmax(dim=-1) @ v
     shape = q.shape
-    q, k, v, bias = (x.flatten(1, -3) for x in (q, k, v, bias))  # kernels want four axes
-    # Without cuDNN's kernel, which has bugs with a bias.
+    # PyTorch's kernels want four axes, so those of windows become (B, rows columns M, N, d).
+    q, k, v, bias = (x.flatten(1, -3) for x in (q, k, v, bias))
+    # cuDNN's kernel is left out: it has bugs with a bias.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(shape)
 
@@ -159,9 +163,9 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far, in px, one of `count` points may move along an axis of `length` px. The paper gives
-    s no unit (Sec. 3.2). Here it is s / 2 times the length for each point, length / count; the
-    release measures from the first pixel's centre to the last's: (length - 1) / count [D1]."""
+    """How far, in px, one of `count` points may move along an axis of `length` px: s / 2 gaps, so
+    one gap if s = 2. The paper gives s no unit (Sec. 3.2). A gap is length / count px; the release
+    measures the length from the first pixel's centre to the last's [D1]."""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -174,7 +178,8 @@ def bilinear_sample(maps, points):
 
 
 def sample_at(maps, y, x):
-    """bilinear_sample for y and x that broadcast to (B, ..): faster where they are small."""
+    """bilinear_sample with y and x apart, which may be smaller: they are broadcast to (B, ..). In
+    position_bias this is faster than to make all points before."""
     B, C, H, W = maps.shape
     # grid_sample takes (x, y). With align_corners=False, -1 and 1 are the outer edges of the map,
     # half a pixel beyond 0 and H - 1. (With True they are 0 and H - 1, which fails if H = 1.)
@@ -258,7 +263,7 @@ class DeformableAttention(nn.Module):
         table = resize(self.table.to(points.dtype), (2 * H - 1, 2 * W - 1))
         table = table.expand(B, -1, -1, -1)  # (B, M, 2 H - 1, 2 W - 1)
         table = table.unflatten(1, (G, -1)).flatten(0, 1)  # (B G, M / G, 2 H - 1, 2 W - 1)
-        # Queries stand where H x W reference points would: on the pixels, but not in "release".
+        # Where the queries stand: on their pixels; in "release" as H x W reference points would.
         query_y = reference_coordinates(H, H, self.geometry, like=points)  # (H,)
         query_x = reference_coordinates(W, W, self.geometry, like=points)  # (W,)
         key_y, key_x = points.view(B * G, 1, 1, Hk * Wk, 2).unbind(-1)  # (B G, 1, 1, K) each
@@ -310,7 +315,7 @@ class WindowAttention(nn.Module):
     def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
         check(dim=dim, heads=heads, window=window)
-        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # [D3]: 1 if w = 1
+        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # w = 1 has shift 1 [D3]
                f"shift={shift!r}: expected a whole number from 0 to window={window}")
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -327,25 +332,30 @@ class WindowAttention(nn.Module):
 
     def bias(self, H, W):
         """The table at query - key + w - 1, or minus infinity for a query and a key of different
-        regions of an H x W map. Shape: -> (1, rows, columns, M, w w, w w).
-        Rolling joins regions that lie far apart: it takes the first `shift` rows of the map to the
-        bottom, and columns alike. These pixels have regions 2 to 4, the others 1, zeros that fill
-        up 0. (The zeros see one another: a row of minus infinity alone would give NaN.)"""
-        w, device = self.window, self.table.device
-        i = torch.arange(w, device=device)
+        regions: then they were apart before the map was filled up and rolled. (Zeros see zeros: a
+        row of minus infinity alone would give NaN.) Shape: -> (1, rows, columns, M, w w, w w)."""
+        w, i = self.window, torch.arange(self.window, device=self.table.device)
         y, x = i.repeat_interleave(w), i.repeat(w)  # (w w,): the pixels of a window
         row, column = y[:, None] - y + w - 1, x[:, None] - x + w - 1  # (w w, w w): query, key
-        rolled_y = torch.arange(H, device=device) < self.shift
-        rolled_x = torch.arange(W, device=device) < self.shift
-        region = 1 + 2 * rolled_y[:, None] + rolled_x  # (H, W), from 1 to 4
-        region = self.cut(region[None, :, :, None]).squeeze((0, 5))  # (rows, w, columns, w)
-        region = region.transpose(1, 2).flatten(2)[:, :, None]  # (rows, columns, 1, w w)
+        region = self.regions(H, W)[:, :, None]  # (rows, columns, 1, w w)
         apart = region.unsqueeze(4) != region.unsqueeze(3)  # (rows, columns, 1, w w, w w)
         return torch.where(apart, -math.inf, self.table[:, row, column])[None]
 
+    def regions(self, H, W):
+        """A number for each pixel of each window, (rows, columns, w w): 0 for zeros that fill up
+        a map, 2 to 4 for what rolling takes to its other side, 1 for the rest. For example, a row
+        of 6 pixels a b c d e f, with w = 4 and shift 2, gives windows c d e f and 0 0 a b: they
+        have the regions 1 1 1 1 and 0 0 2 2."""
+        device = self.table.device
+        rolled_y = torch.arange(H, device=device) < self.shift
+        rolled_x = torch.arange(W, device=device) < self.shift
+        region = 1 + 2 * rolled_y[:, None] + rolled_x  # (H, W), from 1 to 4
+        region = self.cut(region[None, :, :, None])  # (1, rows, w, columns, w, 1): fills up, rolls
+        return region.squeeze((0, 5)).transpose(1, 2).flatten(2)
+
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
-        # Under one name, each qkv is freed when the next is made: faster on a CPU (lab/RESULTS.md).
+        # One name for two tensors, as it frees the first: faster on a CPU (lab/RESULTS.md).
         qkv = self.qkv(self.cut(x))  # Eq. 1
         rows, columns = qkv.shape[1], qkv.shape[3]
         qkv = qkv.unflatten(5, (3, M, C // M))  # (B, rows, w, columns, w, 3, M, d)
@@ -486,7 +496,8 @@ class Block(nn.Module):
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
-        # The name `hidden` keeps this memory to the end: faster on a CPU (lab/RESULTS.md).
+        # Its name keeps this large tensor to the end of the call. To free it before, and get memory
+        # again for the next, is slower on a CPU (lab/RESULTS.md).
         hidden = self.mlp["expand"](self.norm2(z))
         return drop_path(self.mlp["contract"](F.gelu(hidden)), self.rate, self.training) + z
 
@@ -545,7 +556,8 @@ class DAT(nn.Module):
         points = []
         for i, stage in enumerate(self.stages):
             scale = self.config.patch * 2 ** i  # image px per map px
-            # The place of map pixel 0 in the image: the middle of a patch; 0 for the stem "conv".
+            # Where map pixel 0 lies in the image: amid its patch; with "conv", whose kernels are
+            # centred, on image pixel 0.
             first = (scale - 1) / 2 if self.config.stem == "patch" else 0
             x = stage.down(x)
             for block in stage.blocks:
@@ -583,7 +595,7 @@ RELEASE_NAMES = {  # regular expressions for parts of the release's names, and o
 def our_name(name):
     """The name here of a parameter of the release; our own names stay as they are."""
     match name.split("."):
-        case ["down_projs", i, *rest]:  # there the second stage has the first
+        case ["down_projs", i, *rest]:  # down_projs.0 is between the stages 0 and 1
             name = ".".join(["stages", str(int(i) + 1), "down", *rest])
         case ["stages", i, "layer_norms", j, "norm", kind]:  # two in each block
             name = f"stages.{i}.blocks.{int(j) // 2}.norm{int(j) % 2 + 1}.{kind}"
@@ -606,9 +618,8 @@ def rename_weights(weights):
         if name.endswith("relative_position_bias_table"):  # (displacements, heads) there
             side = math.isqrt(len(value))
             value = value.T.reshape(-1, side, side)
-        elif re.search(r"proj_\w+\.weight|conv_offset\.3", name):
-            # In D blocks these are 1x1 convolutions there, (C', C, 1, 1), and linear layers here.
-            value = value.flatten(1)
+        elif re.search(r"proj_(q|k|v|out)\.weight|conv_offset\.3\.weight", name):
+            value = value.flatten(1)  # in D blocks 1x1 convolutions there, (C', C, 1, 1)
         renamed[our_name(name)] = value
     return renamed
 
@@ -668,7 +679,7 @@ def make_shapes(count, *, seed, side=32):
         distance < 0.9,  # disc
         (distance < 1) & (distance > 0.55),  # ring
         larger < 0.75,  # square
-        distance * (direction % third - third / 2).cos() < 0.5,  # triangle: each side at 0.5
+        distance * (direction % third - third / 2).cos() < 0.5,  # triangle: three sides at 0.5
         (smaller < 0.28) & (larger < 0.95),  # cross
         distance < 0.7 + 0.3 * (5 * direction).cos(),  # star
         (distance < 1) & (torch.hypot(u - 0.55, v) > 0.75),  # crescent
@@ -772,9 +783,9 @@ def transform_for(data, size, augment):
 
 
 class Samples(Dataset):
-    """Transformed images. Item i of epoch e has the number e * len(images) + i, its place. Each
-    place has its own seed, so that its random draws depend neither on the process nor on the
-    worker that makes them."""
+    """Transformed images. Image i in epoch e is item e * len(images) + i, its place, which is how
+    micro_batches asks for it. Each place has its own seed, so that its random draws depend neither
+    on the process nor on the worker that makes them."""
     def __init__(self, images, transform, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
 
@@ -811,8 +822,8 @@ class Recipe:
 
 def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
     """The recipe for `data`. The values that the user has `given`, a dict, replace its own; "model"
-    and "dtype" are always given. For imagenet, or a folder of one's own, recipes are the authors',
-    but for a new head, and their rate grows with the batch."""
+    and "dtype" are always given. For imagenet, or a folder of one's own, the recipes are the
+    authors', except for a new head, and a larger batch gets a higher rate."""
     model = given["model"]
     if data == "shapes":
         recipe = {"epochs": 4, "batch_size": 64, "lr": 3e-3, "warmup": 0.25}
@@ -867,8 +878,8 @@ def orthogonalise(matrix):
 
 class Muon(torch.optim.Optimizer):
     """Gradient descent with momentum whose steps are orthogonal matrices: all directions of a layer
-    learn alike, not just the few that dominate its gradient. Source: as orthogonalise. In float32,
-    as torch.optim.Muon, in bfloat16, is slow on most CPUs."""
+    learn alike, not just the few that dominate its gradient. Source: as orthogonalise. (PyTorch's
+    own Muon always computes in bfloat16, which is slow on most CPUs.)"""
     def __init__(self, matrices, weight_decay, momentum=0.95):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
 
@@ -947,15 +958,15 @@ def load_checkpoint(path):
     named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
     expect(named and weights and all(map(torch.is_tensor, weights.values())),
            f"{path} holds no weights: expected last.pt, a state dict or the authors' file")
-    checkpoint = {"geometry": "paper", "config": None, "classes": None, "recipe": {}}
     try:
-        if any("patch_proj." in name for name in weights):
-            checkpoint["geometry"] = "release"
-        elif "config" in content:
+        if "config" in content:
             config = DATConfig(**content["config"])
-            checkpoint |= content | {"geometry": config.geometry, "config": config,
-                                     "classes": tuple(content["classes"])}
-        return checkpoint | {"model": rename_weights(weights)}
+            return content | {"model": rename_weights(weights), "geometry": config.geometry,
+                              "config": config, "classes": tuple(content["classes"]),
+                              "recipe": dict(content["recipe"])}
+        geometry = "release" if any("patch_proj." in name for name in weights) else "paper"
+        return {"model": rename_weights(weights), "geometry": geometry,
+                "config": None, "classes": None, "recipe": {}}
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise InputError(f"{path} does not hold what it should: {error}") from None
 
@@ -1077,14 +1088,14 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
     steps = len(train_images) // recipe.batch_size  # updates an epoch
     updates = recipe.epochs * steps
     accumulate = recipe.batch_size // (recipe.micro_batch * machine.world)  # micro-batches
-    # For the time left, in updates: an epoch with its test, whose images cost about a third.
-    epoch_work = steps + len(test_images) / 3 / recipe.batch_size
+    # For the time left: a test image, without a backward pass, costs about a third of another.
+    epoch_cost = steps * recipe.batch_size + len(test_images) / 3
     first_epoch, run_start = len(history), time.monotonic()
 
     for epoch in range(first_epoch, recipe.epochs):
         model.train()
         epoch_start = line_start = time.monotonic()
-        losses, printed = [], 0  # the loss of each update; of how many a line was printed
+        losses, reported = [], 0  # the loss of each update; how many of them a line has shown
         for step in range(steps):
             update = epoch * steps + step
             rate = learning_rate(update, updates=updates, peak=recipe.lr, warmup=recipe.warmup,
@@ -1114,17 +1125,17 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
             scaler.update()
             now = time.monotonic()
             if now - line_start > 10 or step == steps - 1:
-                loss = torch.stack(losses[printed:]).mean().item()
+                loss = torch.stack(losses[reported:]).mean().item()
                 expect(math.isfinite(loss), f"epoch {epoch + 1}: the loss is {loss}, not finite; "
                                             f"try --lr below {recipe.lr:g}")
-                speed = (len(losses) - printed) * recipe.batch_size / (now - line_start)
-                work = (epoch - first_epoch) * epoch_work + step + 1  # since the start
-                all_work = (recipe.epochs - first_epoch) * epoch_work
-                left = timedelta(seconds=round((now - run_start) * (all_work / work - 1)))
+                speed = (len(losses) - reported) * recipe.batch_size / (now - line_start)
+                cost = (epoch - first_epoch) * epoch_cost + (step + 1) * recipe.batch_size
+                whole_cost = (recipe.epochs - first_epoch) * epoch_cost
+                seconds_left = (now - run_start) * (whole_cost - cost) / cost
                 print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{steps}  "
-                      f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  {left} left",
-                      flush=True)
-                line_start, printed = now, len(losses)
+                      f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  "
+                      f"{timedelta(seconds=round(seconds_left))} left", flush=True)
+                line_start, reported = now, len(losses)
 
         loss, seconds = torch.stack(losses).mean(), time.monotonic() - epoch_start
         if machine.world > 1:
@@ -1187,13 +1198,13 @@ def start_machine(args):
 
 def load_data(machine, name, root, split):
     """load_dataset in all processes, first in process 0, which downloads what is missing."""
+    if machine.rank > 0:
+        dist.barrier()  # waits until process 0 comes to the other barrier
     try:
-        if machine.rank == 0:
-            return load_dataset(name, root, split)
+        return load_dataset(name, root, split)
     finally:
-        if machine.world > 1:
-            dist.barrier()  # here the others wait for process 0
-    return load_dataset(name, root, split)
+        if machine.rank == 0 and machine.world > 1:
+            dist.barrier()
 
 
 def model_for(data, given, checkpoint):
@@ -1250,10 +1261,17 @@ def load_run(folder, given):
     return checkpoint, recipe
 
 
+def command_line(args, machine, *flags):
+    """How to start dat.py again with the data, device and processes of now, and other flags."""
+    program = ["python"] if machine.world == 1 else ["torchrun", "--nproc-per-node", machine.world]
+    program += ["dat.py", "--data", args.data, "--device", args.device, *flags]
+    return shlex.join(map(str, program))
+
+
 def run_training(args, given, machine):
     """--train: a new run or one to resume. What can be wrong is found before anything is written.
     `given`: fields of a recipe that the user set by flags."""
-    checkpoint = None
+    checkpoint = None  # what to go on from, or to start from
     if args.resume:
         checkpoint, recipe = load_run(args.out, {"data": args.train, **given})
     elif args.checkpoint:
@@ -1275,6 +1293,7 @@ def run_training(args, given, machine):
            f"{len(train_images):,} images to train on: choose a smaller one")
     expect(batch % at_once == 0, f"--batch-size {batch} is no multiple of --micro-batch "
            f"{recipe.micro_batch} in each of {machine.world} processes")
+
     torch.manual_seed(recipe.seed)
     model = make_model(recipe.model, args.train, classes, checkpoint)
     if args.resume:
@@ -1285,6 +1304,7 @@ def run_training(args, given, machine):
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # weights in the layout of their gradients, for DDP
             module.to(memory_format=torch.channels_last)
+
     folder = args.out
     if machine.rank == 0 and not args.resume:  # the others write nothing
         folder = new_folder(args.out, args.train)
@@ -1294,19 +1314,18 @@ def run_training(args, given, machine):
     if not keep_head:
         print(f"head: {len(checkpoint['model'].get('head.bias', ()))} -> {len(classes)} classes, "
               "starts anew", flush=True)
-    start = ["python"] if machine.world == 1 else ["torchrun", "--nproc-per-node", machine.world]
-    flags = ["--data", args.data, "--device", args.device]
-    command = shlex.join(map(str, [*start, "dat.py", *flags]))
     try:
         history = train(model, train_images, test_images, classes, recipe, machine, folder,
                         checkpoint if args.resume else None, args.compile)
     except KeyboardInterrupt:
         hint = "; no epoch had ended: nothing is saved"
         if Path(f"{folder}/last.pt").exists():
-            hint = f"; go on with: {command} --train {args.train} --resume --out {folder}"
+            again = command_line(args, machine, "--train", args.train, "--resume", "--out", folder)
+            hint = f"; go on with: {again}"
         raise KeyboardInterrupt(hint if machine.rank == 0 else "") from None  # main prints the hint
-    print(f"finished: test {percent(history[-1], classes)}, {folder}/last.pt; to test it again:\n"
-          f"{command} --eval {args.train} --checkpoint {folder}/last.pt")
+    last = f"{folder}/last.pt"
+    print(f"finished: test {percent(history[-1], classes)}, saved in {last}; to test it again:\n"
+          + command_line(args, machine, "--eval", args.train, "--checkpoint", last))
 
 
 def whole_number(text, least=1):

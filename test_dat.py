@@ -1208,21 +1208,35 @@ def mixed_by_hand(images, targets):
     return images, share * targets + (1 - share) * targets.roll(1, 0)
 
 
+def muon_by_hand(matrix, mean, rate):
+    """A step of Muon through the singular values: each, s, becomes p(s) five times."""
+    mean += 0.05 * (matrix.grad - mean)
+    u, s, v = torch.linalg.svd(0.05 * matrix.grad + 0.95 * mean, full_matrices=False)
+    s = s / math.sqrt(float(s.square().sum()))
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s ** 3 + 2.0315 * s ** 5
+    factor = 0.2 * rate * math.sqrt(max(matrix.shape))
+    matrix.data = (1 - 0.3 * rate) * matrix.data - factor * (u * s) @ v
+
+
 def reference_run(recipe, count=42):
     """Two epochs of training, slowly. Returns the model, the losses and the gradients' norms."""
     torch.manual_seed(recipe.seed)
     model = DAT(replace(dat.VARIANTS["cifar-nano"], classes=8, image_size=32)).train()
     images, _ = dat.load_dataset("shapes", None, "train")
     transform = dat.transform_for("shapes", 32, "light")
+    means = {name: torch.zeros_like(value) for name, value in model.named_parameters()
+             if recipe.optimizer == "muon" and "blocks" in name and value.ndim == 2}
     optimizer = torch.optim.AdamW([
         {"params": value, "weight_decay": 0.3 * (name.endswith("weight") and "norm" not in name)}
-        for name, value in model.named_parameters()], betas=(0.9, 0.999), eps=1e-8, foreach=False)
+        for name, value in model.named_parameters() if name not in means],
+        betas=(0.9, 0.999), eps=1e-8, foreach=False)
     losses, norms = [], []
     for update in range(10):
         epoch, step = divmod(update, 5)
         rng = torch.Generator().manual_seed(dat.seed_of("order", recipe.seed, epoch))
         batch = torch.randperm(count, generator=rng)[8 * step:8 * step + 8].tolist()
-        optimizer.zero_grad()
+        model.zero_grad()
         losses.append(0.0)
         for half in (0, 1):
             inputs, labels = [], []
@@ -1244,23 +1258,26 @@ def reference_run(recipe, count=42):
         for group in optimizer.param_groups:
             group["lr"] = ODD_RATES[update]
         optimizer.step()
+        for name, mean in means.items():
+            muon_by_hand(model.get_parameter(name), mean, ODD_RATES[update])
     return model, losses, norms
 
 
-@pytest.fixture(scope="module")
-def twice(tmp_path_factory):
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def twice(tmp_path_factory, request):
     """The run ODD by the command line, and by hand; in float64."""
+    recipe = replace(ODD, optimizer=request.param)
     patch, transform_for = pytest.MonkeyPatch(), dat.transform_for
     patch.chdir(tmp_path_factory.mktemp("twice"))
     shrink(patch, train=42)
     patch.setitem(dat.VARIANTS, "cifar-nano", still_config(patch=4, drop_path=0.5))
-    patch.setattr(dat, "recipe_for", lambda *_, **__: ODD)
+    patch.setattr(dat, "recipe_for", lambda *_, **__: recipe)
     patch.setattr(dat, "transform_for", lambda *a: v2.Compose([
         transform_for(*a), v2.ToDtype(torch.float64)]))
     torch.set_default_dtype(torch.float64)
     try:
         succeed("--train shapes --device cpu --out o")
-        return saved("o"), *reference_run(ODD)
+        return saved("o"), *reference_run(recipe)
     finally:
         torch.set_default_dtype(torch.float32)
         patch.undo()
@@ -1280,6 +1297,22 @@ def test_the_history_holds_the_mean_loss_of_each_epoch(twice):
     checkpoint, _, losses, _ = twice
     expected = [(1, sum(losses[:5]) / 5), (2, sum(losses[5:]) / 5)]
     close([(row["epoch"], row["loss"]) for row in checkpoint["history"]], expected, 1e-7)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (6, 6)])
+def test_muon_takes_the_steps_of_torchs(shape):
+    """Red if momentum, the orthogonal step, its size or decay differ by more than the rounding of
+    torch.optim.Muon, which multiplies in bfloat16."""
+    ours, theirs = (torch.nn.Parameter(random_input(*shape).float()) for _ in range(2))
+    optimizers = [dat.Muon([ours], 0.1),
+                  torch.optim.Muon([theirs], weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.05
+    for update in range(3):
+        ours.grad = theirs.grad = random_input(*shape, seed=update).float()
+        for optimizer in optimizers:
+            optimizer.step()
+    close(ours, theirs, 0.01)
 
 
 # ======== the loop
