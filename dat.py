@@ -25,9 +25,8 @@ Symbols. Modules pass maps as (B, H, W, C):
 
 Departures from the paper (P) and from its authors' code, "the release", commit 566a593 (R):
 
-    [D1] R: reference points reach from the first pixel's centre to the last's; in the release they
-         stay half a gap inside. Published weights need that: geometry="release", which
-         load_official sets.
+    [D1] R: the outer reference points stand on the outer pixels, as in the paper. The release puts
+         them further inside. Published weights need its places: geometry="release".
     [D2] P, R: any image size. Zeros fill up patches and windows (and windows mask them);
          position tables are resized.
     [D3] P: windows are shifted by ceil(w / 2), as in the release (Swin: floor).
@@ -93,6 +92,7 @@ def check(**values):
         else:
             fits, expected = isinstance(value, Integral) and value >= 1, "a whole number above 0"
         expect(fits, f"{name}={value!r}: expected {expected}")
+    # A caller gives all of these, or dim and heads, or none.
     dim, heads, groups = (values.get(name, 1) for name in ("dim", "heads", "groups"))
     expect(dim % heads == 0, f"dim={dim} is not divisible by heads={heads}")
     expect(heads % groups == 0, f"heads={heads} is not divisible by groups={groups}")
@@ -122,7 +122,7 @@ def attend(q, k, v, bias):
         scores += bias
         return scores.softmax(dim=-1) @ v
     shape = q.shape
-    # PyTorch's kernels want four axes, so those of windows become (B, rows columns M, N, d).
+    # PyTorch's kernels want four axes. Six become four, (B, rows columns M, N, d); four stay.
     q, k, v, bias = (x.flatten(1, -3) for x in (q, k, v, bias))
     # cuDNN's kernel is left out: it has bugs with a bias.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
@@ -146,14 +146,14 @@ def resize(table, size):
     stays the middle: in a "relative" table it stands for no displacement."""
     if table.shape[-2:] == size:
         return table
-    resized = F.interpolate(table.flatten(0, -3)[None], size, mode="bicubic")[0]
-    return resized.unflatten(0, table.shape[:-2])
+    flat = table.flatten(0, -3)[None]  # (1, all other axes, h, w)
+    return F.interpolate(flat, size, mode="bicubic")[0].unflatten(0, table.shape[:-2])
 
 
 # ======== 2. coordinates and sampling (Sec. 3.2, Eq. 8)
 def reference_coordinates(count, length, geometry, like):
-    """Where `count` reference points stand on an axis of `length` px. Paper: Sec. 3.2.
-    Shape: (count,), of the type and device of `like`.
+    """Where `count` reference points stand on an axis of `length` px, or the queries, if `count` is
+    `length`. Paper: Sec. 3.2. Shape: (count,), of the type and device of `like`.
     "paper": evenly from the first pixel's centre to the last's; a single point in the middle.
     "release": the middles of `count` equal parts of the line between those centres [D1]."""
     i = torch.arange(count, dtype=like.dtype, device=like.device)
@@ -163,11 +163,11 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far, in px, one of `count` points may move along an axis of `length` px: s / 2 gaps, so
-    one gap if s = 2. The paper gives s no unit (Sec. 3.2). A gap is length / count px; the release
-    measures the length from the first pixel's centre to the last's [D1]."""
-    length = length if geometry == "paper" else length - 1
-    return offset_range / 2 * length / count
+    """How far, in px, one of `count` points may move along an axis of `length` px. The paper gives
+    no unit of s (Sec. 3.2). Here s = 2 means one cell, if the axis is cut into `count` cells. The
+    release cuts an axis that is shorter by 1 px, between the outer pixels' centres [D1]."""
+    cell = (length - 1 if geometry == "release" else length) / count
+    return offset_range / 2 * cell
 
 
 def bilinear_sample(maps, points):
@@ -178,8 +178,8 @@ def bilinear_sample(maps, points):
 
 
 def sample_at(maps, y, x):
-    """bilinear_sample with y and x apart, which may be smaller: they are broadcast to (B, ..). In
-    position_bias this is faster than to make all points before."""
+    """bilinear_sample with y and x apart, which are broadcast to (B, ..). This is faster where each
+    of them is small, as in position_bias."""
     B, C, H, W = maps.shape
     # grid_sample takes (x, y). With align_corners=False, -1 and 1 are the outer edges of the map,
     # half a pixel beyond 0 and H - 1. (With True they are 0 and H - 1, which fails if H = 1.)
@@ -193,7 +193,7 @@ def sample_at(maps, y, x):
 class OffsetNetwork(nn.Module):
     """theta_offset, one for all groups: how far points should move. Paper: Sec. 3.2, Fig. 2 (b).
     Shape: (B G, H, W, C / G) -> (B G, Hk, Wk, 2): (y, x), unbounded. Depth-wise k x k convolution,
-    layer norm [D4], GELU, and a 1x1 convolution without bias, which would move all points alike."""
+    layer norm [D4], GELU, and a 1x1 convolution. (A bias of it would move all points alike.)"""
     def __init__(self, *, dim, kernel, stride):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, kernel, stride, kernel // 2, groups=dim)
@@ -263,7 +263,6 @@ class DeformableAttention(nn.Module):
         table = resize(self.table.to(points.dtype), (2 * H - 1, 2 * W - 1))
         table = table.expand(B, -1, -1, -1)  # (B, M, 2 H - 1, 2 W - 1)
         table = table.unflatten(1, (G, -1)).flatten(0, 1)  # (B G, M / G, 2 H - 1, 2 W - 1)
-        # Where the queries stand: on their pixels; in "release" as H x W reference points would.
         query_y = reference_coordinates(H, H, self.geometry, like=points)  # (H,)
         query_x = reference_coordinates(W, W, self.geometry, like=points)  # (W,)
         key_y, key_x = points.view(B * G, 1, 1, Hk * Wk, 2).unbind(-1)  # (B G, 1, 1, K) each
@@ -276,8 +275,9 @@ class DeformableAttention(nn.Module):
         """An ablation [D5]: one number for each query and key, whatever the offset.
         Shape: query_size (H, W), key_size (Hk, Wk) -> (1, M, N, K)."""
         table = resize(self.table, key_size)  # (M, h, w, Hk, Wk): h, w as the table was made
-        table = resize(table.permute(0, 3, 4, 1, 2), query_size)  # (M, Hk, Wk, H, W)
-        return table.flatten(3).flatten(1, 2).transpose(1, 2)[None]  # (1, M, N, K)
+        table = table.permute(0, 3, 4, 1, 2)  # (M, Hk, Wk, h, w)
+        table = resize(table, query_size).flatten(3)  # (M, Hk, Wk, N)
+        return table.flatten(1, 2).transpose(1, 2)[None]  # (1, M, N, K)
 
     def sample(self, x, points):
         """x~: the channels of each group, read at its points. Paper: Eq. 7 and 8.
@@ -296,7 +296,7 @@ class DeformableAttention(nn.Module):
         points = self.points(q)  # (B, G, Hk, Wk, 2)
         sampled = self.sample(x, points)  # (B, K, C)
         q, k, v = q.flatten(1, 2), self.k(sampled), self.v(sampled)  # (B, N or K, C): Eq. 6
-        q, k, v = (x.unflatten(2, (M, C // M)).transpose(1, 2) for x in (q, k, v))  # (B, M, .., d)
+        q, k, v = (t.unflatten(2, (M, C // M)).transpose(1, 2) for t in (q, k, v))  # (B, M, .., d)
         z = attend(q, k, v, self.position_bias(points, (H, W)))  # (B, M, N, d): Eq. 9
         return self.out(z.transpose(1, 2).reshape(B, H, W, C))  # Eq. 3
 
@@ -315,7 +315,7 @@ class WindowAttention(nn.Module):
     def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
         check(dim=dim, heads=heads, window=window)
-        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # w = 1 has shift 1 [D3]
+        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # [D3]: if w = 1, 1
                f"shift={shift!r}: expected a whole number from 0 to window={window}")
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -330,17 +330,6 @@ class WindowAttention(nn.Module):
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
         return x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
 
-    def bias(self, H, W):
-        """The table at query - key + w - 1, or minus infinity for a query and a key of different
-        regions: then they were apart before the map was filled up and rolled. (Zeros see zeros: a
-        row of minus infinity alone would give NaN.) Shape: -> (1, rows, columns, M, w w, w w)."""
-        w, i = self.window, torch.arange(self.window, device=self.table.device)
-        y, x = i.repeat_interleave(w), i.repeat(w)  # (w w,): the pixels of a window
-        row, column = y[:, None] - y + w - 1, x[:, None] - x + w - 1  # (w w, w w): query, key
-        region = self.regions(H, W)[:, :, None]  # (rows, columns, 1, w w)
-        apart = region.unsqueeze(4) != region.unsqueeze(3)  # (rows, columns, 1, w w, w w)
-        return torch.where(apart, -math.inf, self.table[:, row, column])[None]
-
     def regions(self, H, W):
         """A number for each pixel of each window, (rows, columns, w w): 0 for zeros that fill up
         a map, 2 to 4 for what rolling takes to its other side, 1 for the rest. For example, a row
@@ -353,9 +342,20 @@ class WindowAttention(nn.Module):
         region = self.cut(region[None, :, :, None])  # (1, rows, w, columns, w, 1): fills up, rolls
         return region.squeeze((0, 5)).transpose(1, 2).flatten(2)
 
+    def bias(self, H, W):
+        """The table at query - key + w - 1, or minus infinity for a query and a key of different
+        regions: then they were apart before the map was filled up and rolled. (Zeros see zeros: a
+        row of minus infinity alone would give NaN.) Shape: -> (1, rows, columns, M, w w, w w)."""
+        w, i = self.window, torch.arange(self.window, device=self.table.device)
+        y, x = i.repeat_interleave(w), i.repeat(w)  # (w w,): the pixels of a window
+        row, column = y[:, None] - y + w - 1, x[:, None] - x + w - 1  # (w w, w w): query, key
+        region = self.regions(H, W)[:, :, None]  # (rows, columns, 1, w w)
+        apart = region.unsqueeze(4) != region.unsqueeze(3)  # (rows, columns, 1, w w, w w)
+        return torch.where(apart, -math.inf, self.table[:, row, column])[None]
+
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
-        # One name for two tensors, as it frees the first: faster on a CPU (lab/RESULTS.md).
+        # flatten copies. As the copy has the same name, the first qkv is freed: faster on a CPU.
         qkv = self.qkv(self.cut(x))  # Eq. 1
         rows, columns = qkv.shape[1], qkv.shape[3]
         qkv = qkv.unflatten(5, (3, M, C // M))  # (B, rows, w, columns, w, 3, M, d)
@@ -496,8 +496,8 @@ class Block(nn.Module):
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
-        # Its name keeps this large tensor to the end of the call. To free it before, and get memory
-        # again for the next, is slower on a CPU (lab/RESULTS.md).
+        # A tensor without a name is freed at once. This large one stays until the call ends, which
+        # is faster on a CPU (lab/RESULTS.md).
         hidden = self.mlp["expand"](self.norm2(z))
         return drop_path(self.mlp["contract"](F.gelu(hidden)), self.rate, self.training) + z
 
@@ -522,7 +522,8 @@ class DAT(nn.Module):
         for stage, size in zip(config.stages, config.map_sizes()):
             down = nn.Identity()
             if self.stages:  # all but the first
-                kernel = 2 if config.stem == "patch" else 3  # no bias: as in the release
+                kernel = 2 if config.stem == "patch" else 3
+                # No bias, as in the release.
                 down = Projection(dim, stage.dim, kernel=kernel, stride=2, bias=False)
             blocks = [Block(config, stage, size, letter, next(rates)) for letter in stage.blocks]
             self.stages.append(nn.Sequential(OrderedDict(down=down, blocks=nn.Sequential(*blocks))))
@@ -556,8 +557,8 @@ class DAT(nn.Module):
         points = []
         for i, stage in enumerate(self.stages):
             scale = self.config.patch * 2 ** i  # image px per map px
-            # Where map pixel 0 lies in the image: amid its patch; with "conv", whose kernels are
-            # centred, on image pixel 0.
+            # Where map pixel 0 lies in the image: in the middle of a patch of scale x scale px. The
+            # kernels of the stem "conv" are centred, so there it lies on image pixel 0.
             first = (scale - 1) / 2 if self.config.stem == "patch" else 0
             x = stage.down(x)
             for block in stage.blocks:
@@ -583,7 +584,7 @@ RELEASE_NAMES = {  # regular expressions for parts of the release's names, and o
     r"^(stages\.\d+\.down)\.1\.norm": r"\1.norm",
     r"\.mlps\.(\d+)\.chunk\.linear1": r".blocks.\1.mlp.expand",
     r"\.mlps\.(\d+)\.chunk\.linear2": r".blocks.\1.mlp.contract",
-    r"\.attns\.(\d+)\.(proj_)?": r".blocks.\1.attention.",
+    r"\.attns\.(\d+)\.(proj_)?": r".blocks.\1.attention.",  # proj_q becomes q
     r"\.conv_offset\.0": ".offset.conv",
     r"\.conv_offset\.1\.norm": ".offset.norm",
     r"\.conv_offset\.3": ".offset.out",
@@ -619,7 +620,8 @@ def rename_weights(weights):
             side = math.isqrt(len(value))
             value = value.T.reshape(-1, side, side)
         elif re.search(r"proj_(q|k|v|out)\.weight|conv_offset\.3\.weight", name):
-            value = value.flatten(1)  # in D blocks 1x1 convolutions there, (C', C, 1, 1)
+            # In D blocks these are 1x1 convolutions there, (C', C, 1, 1). In windows (C', C) stays.
+            value = value.flatten(1)
         renamed[our_name(name)] = value
     return renamed
 
@@ -668,8 +670,9 @@ def make_shapes(count, *, seed, side=32):
         images = torch.where(box, draw(0, 0.6, 3, 1, 1), images)
 
     radius, angle = draw(0.2, 0.36, 1, 1) * side, draw(0, 2 * math.pi, 1, 1)
-    y = row - radius - (side - 2 * radius) * draw(0, 1, 1, 1)  # from the figure's centre
-    x = column - radius - (side - 2 * radius) * draw(0, 1, 1, 1)
+    centre_y = radius + (side - 2 * radius) * draw(0, 1, 1, 1)
+    centre_x = radius + (side - 2 * radius) * draw(0, 1, 1, 1)
+    y, x = row - centre_y, column - centre_x
     u = (x * angle.cos() + y * angle.sin()) / radius  # along the axes of the figure, from -1 to 1
     v = (y * angle.cos() - x * angle.sin()) / radius
     distance, direction = torch.hypot(u, v), torch.atan2(v, u)
@@ -679,7 +682,8 @@ def make_shapes(count, *, seed, side=32):
         distance < 0.9,  # disc
         (distance < 1) & (distance > 0.55),  # ring
         larger < 0.75,  # square
-        distance * (direction % third - third / 2).cos() < 0.5,  # triangle: three sides at 0.5
+        # triangle: in each third of all directions, a side at distance 0.5 from the centre
+        distance * (direction % third - third / 2).cos() < 0.5,
         (smaller < 0.28) & (larger < 0.95),  # cross
         distance < 0.7 + 0.3 * (5 * direction).cos(),  # star
         (distance < 1) & (torch.hypot(u - 0.55, v) > 0.75),  # crescent
@@ -761,14 +765,14 @@ def transform_for(data, size, augment):
     input (3, size, size). `augment`: "none" for tests, "light" crops and flips, or "strong"."""
     from torchvision.transforms import InterpolationMode, v2
     bicubic = InterpolationMode.BICUBIC
-    steps = [read_image] if data == "imagenet" else []
-    if data == "imagenet" and augment == "none":  # the release's, which does not keep proportions
-        side = size * 256 // 224  # 256 for 224, 438 for 384
-        steps += [v2.Resize((side, side), bicubic), v2.CenterCrop(size)]
-    elif data == "imagenet":
-        steps += [v2.RandomResizedCrop(size, interpolation=bicubic)]
-    elif augment != "none":
-        steps += [v2.RandomCrop(size, padding=4)]
+    side = size * 256 // 224  # 256 for 224, 438 for 384
+    if data != "imagenet":
+        crop = [] if augment == "none" else [v2.RandomCrop(size, padding=4)]
+    elif augment == "none":  # as in the release, it does not keep proportions
+        crop = [read_image, v2.Resize((side, side), bicubic), v2.CenterCrop(size)]
+    else:
+        crop = [read_image, v2.RandomResizedCrop(size, interpolation=bicubic)]
+    steps = crop
     if augment != "none":
         steps += [v2.RandomHorizontalFlip()]
     if augment == "strong":  # magnitude 9 on a scale from 0 to 10, so 11 bins
@@ -783,9 +787,9 @@ def transform_for(data, size, augment):
 
 
 class Samples(Dataset):
-    """Transformed images. Image i in epoch e is item e * len(images) + i, its place, which is how
-    micro_batches asks for it. Each place has its own seed, so that its random draws depend neither
-    on the process nor on the worker that makes them."""
+    """Transformed images. Item `place` is image place % len(images): places go on counting through
+    all epochs. Each has its own seed, so that its random draws depend neither on the process nor
+    on the worker that makes them."""
     def __init__(self, images, transform, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
 
@@ -794,7 +798,7 @@ class Samples(Dataset):
 
     def __getitem__(self, place):
         image, label = self.images[place % len(self)]
-        # As torch.manual_seed, which takes far longer: it seeds all GPUs, too.
+        # For the draws of the transform. torch.manual_seed also seeds GPUs, and takes far longer.
         torch.default_generator.manual_seed(seed_of("image", self.seed, place))
         return self.transform(image), label
 
@@ -822,8 +826,8 @@ class Recipe:
 
 def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
     """The recipe for `data`. The values that the user has `given`, a dict, replace its own; "model"
-    and "dtype" are always given. For imagenet, or a folder of one's own, the recipes are the
-    authors', except for a new head, and a larger batch gets a higher rate."""
+    and "dtype" are always given. The recipes for imagenet, or a folder of one's own, are the
+    authors', except that for a new head."""
     model = given["model"]
     if data == "shapes":
         recipe = {"epochs": 4, "batch_size": 64, "lr": 3e-3, "warmup": 0.25}
@@ -841,15 +845,15 @@ def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
                   "floor": 1 / 80, "clip": 1.0}
     else:
         recipe = {"epochs": 300, "batch_size": 1024, "lr": 1e-3}
-    if data == "imagenet":
-        recipe["lr"] *= given.get("batch_size", recipe["batch_size"]) / recipe["batch_size"]
-    elif given.get("epochs", recipe["epochs"]) < 100:  # too short for more (lab/RESULTS.md)
-        recipe |= {"augment": "light", "mixed": 0.0}
+    if data == "imagenet" and "batch_size" in given:  # the rate grows with the batch
+        recipe["lr"] *= given["batch_size"] / recipe["batch_size"]
     recipe |= given
+    if data != "imagenet" and recipe["epochs"] < 100:  # too short for more (lab/RESULTS.md)
+        recipe |= {"augment": "light", "mixed": 0.0}
     if "micro_batch" not in recipe:  # the largest that fits memory and splits the batch evenly
         largest = 128 if data == "imagenet" else 1024
         sizes = [n for n in range(1, largest + 1) if recipe["batch_size"] % (n * world) == 0]
-        recipe["micro_batch"] = max(sizes, default=1)
+        recipe["micro_batch"] = max(sizes, default=1)  # 1 if none does: run_training refuses it
     return Recipe(data=data, **recipe)
 
 
@@ -881,6 +885,7 @@ class Muon(torch.optim.Optimizer):
     learn alike, not just the few that dominate its gradient. Source: as orthogonalise. (PyTorch's
     own Muon always computes in bfloat16, which is slow on most CPUs.)"""
     def __init__(self, matrices, weight_decay, momentum=0.95):
+        # train sets the learning rate before each step.
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -938,7 +943,7 @@ def save(folder, model, optimizers, scaler, recipe, history, classes):
                 "mean": mean, "std": std, "recipe": asdict(recipe), "history": history,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "scaler": scaler.state_dict()}, file)
-    rows = [history[0].keys()] + [epoch.values() for epoch in history]
+    rows = [history[0].keys()] + [results.values() for results in history]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     write_atomically(f"{folder}/metrics.csv", table.encode())
     write_atomically(f"{folder}/last.pt", file.getvalue())
@@ -990,14 +995,14 @@ def keeps_head(checkpoint, classes):
     return len(checkpoint["model"].get("head.bias", ())) == len(classes)
 
 
-def adapt(weights, model, keep_head):
-    """Weights to start from: position tables get the model's sizes [D2]; the head starts anew, as
-    the model has it, unless `keep_head`."""
+def adapt(weights, model, new_head):
+    """Weights to start from: position tables get the model's sizes [D2]. If `new_head`, the head is
+    the model's own."""
     adapted = dict(weights)
     for name, own in model.state_dict().items():
-        if name.startswith("head.") and not keep_head:
+        if name.startswith("head.") and new_head:
             adapted[name] = own
-        elif name.endswith("table") and own.ndim == 3 and name in weights:  # not "fixed" tables
+        elif name.endswith("table") and own.ndim == 3 and name in weights:  # five if "fixed"
             adapted[name] = resize(weights[name], own.shape[1:])
     return adapted
 
@@ -1062,6 +1067,38 @@ def percent(accuracies, classes):
     return f"top-1 {accuracies['top1']:.2%}{top5}"
 
 
+class Progress:
+    """Prints every ten seconds, and at an epoch's end, where a run is and how long it will take."""
+    def __init__(self, recipe, steps, first_epoch, test_images):
+        self.recipe, self.steps, self.first_epoch = recipe, steps, first_epoch
+        # The cost of an epoch and its test, in training images. A test image costs about a third
+        # of one, as it has no backward pass.
+        self.epoch_cost = steps * recipe.batch_size + test_images / 3
+        self.start = time.monotonic()
+        self.begin_line()
+
+    def begin_line(self):
+        self.losses, self.line_start = [], time.monotonic()
+
+    def show(self, epoch, step, loss, rate):
+        """After each update. Raises: InputError if the loss is not finite."""
+        recipe, now = self.recipe, time.monotonic()
+        self.losses.append(loss)
+        if now - self.line_start < 10 and step < self.steps - 1:
+            return
+        loss = torch.stack(self.losses).mean().item()
+        expect(math.isfinite(loss), f"epoch {epoch + 1}: the loss is {loss}, not finite; try --lr "
+                                    f"below {recipe.lr:g}")
+        speed = len(self.losses) * recipe.batch_size / (now - self.line_start)
+        cost = (epoch - self.first_epoch) * self.epoch_cost + (step + 1) * recipe.batch_size
+        whole_cost = (recipe.epochs - self.first_epoch) * self.epoch_cost
+        seconds_left = round((now - self.start) * (whole_cost - cost) / cost)
+        print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{self.steps}  "
+              f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  "
+              f"{timedelta(seconds=seconds_left)} left", flush=True)
+        self.begin_line()
+
+
 def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
     """Trains to the end of the recipe, and saves after each epoch. `resumed`: the checkpoint to
     go on from, or None; `compiles`: whether to use torch.compile. Returns a dict for each epoch.
@@ -1075,9 +1112,9 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
             optimizer.load_state_dict(state)
         scaler.load_state_dict(resumed["scaler"])
         history = resumed["history"]
-    forward = torch.compile(model, fullgraph=True) if compiles else model  # to be called
+    network = torch.compile(model, fullgraph=True) if compiles else model  # what the loop calls
     if machine.world > 1:
-        forward = nn.parallel.DistributedDataParallel(forward)
+        network = nn.parallel.DistributedDataParallel(network)
     samples = Samples(train_images, transform_for(recipe.data, size, recipe.augment), recipe.seed)
     places = micro_batches(len(train_images), recipe, machine, len(history))
     # One iterator for all epochs: workers start once.
@@ -1088,14 +1125,11 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
     steps = len(train_images) // recipe.batch_size  # updates an epoch
     updates = recipe.epochs * steps
     accumulate = recipe.batch_size // (recipe.micro_batch * machine.world)  # micro-batches
-    # For the time left: a test image, without a backward pass, costs about a third of another.
-    epoch_cost = steps * recipe.batch_size + len(test_images) / 3
-    first_epoch, run_start = len(history), time.monotonic()
+    progress = Progress(recipe, steps, len(history), len(test_images))
 
-    for epoch in range(first_epoch, recipe.epochs):
+    for epoch in range(len(history), recipe.epochs):
         model.train()
-        epoch_start = line_start = time.monotonic()
-        losses, reported = [], 0  # the loss of each update; how many of them a line has shown
+        losses, start = [], time.monotonic()  # losses: of each update, in this process
         for step in range(steps):
             update = epoch * steps + step
             rate = learning_rate(update, updates=updates, peak=recipe.lr, warmup=recipe.warmup,
@@ -1112,9 +1146,9 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
                 if update < recipe.mixed * updates:
                     images, labels = mix(images, labels)
                 # DistributedDataParallel, if used, exchanges gradients after the last one only.
-                forward.require_backward_grad_sync = i == accumulate - 1
+                network.require_backward_grad_sync = i == accumulate - 1
                 with machine.autocast(recipe.dtype):
-                    loss = F.cross_entropy(forward(images), labels, label_smoothing=0.1)
+                    loss = F.cross_entropy(network(images), labels, label_smoothing=0.1)
                 scaler.scale(loss / accumulate).backward()
                 losses[-1] += loss.detach() / accumulate
             for optimizer in optimizers:
@@ -1123,21 +1157,9 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
             for optimizer in optimizers:
                 scaler.step(optimizer)
             scaler.update()
-            now = time.monotonic()
-            if now - line_start > 10 or step == steps - 1:
-                loss = torch.stack(losses[reported:]).mean().item()
-                expect(math.isfinite(loss), f"epoch {epoch + 1}: the loss is {loss}, not finite; "
-                                            f"try --lr below {recipe.lr:g}")
-                speed = (len(losses) - reported) * recipe.batch_size / (now - line_start)
-                cost = (epoch - first_epoch) * epoch_cost + (step + 1) * recipe.batch_size
-                whole_cost = (recipe.epochs - first_epoch) * epoch_cost
-                seconds_left = (now - run_start) * (whole_cost - cost) / cost
-                print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{steps}  "
-                      f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  "
-                      f"{timedelta(seconds=round(seconds_left))} left", flush=True)
-                line_start, reported = now, len(losses)
+            progress.show(epoch, step, losses[-1], rate)
 
-        loss, seconds = torch.stack(losses).mean(), time.monotonic() - epoch_start
+        loss, seconds = torch.stack(losses).mean(), time.monotonic() - start
         if machine.world > 1:
             dist.all_reduce(loss)
         expect(all(parameter.isfinite().all() for parameter in model.parameters()),
@@ -1148,6 +1170,7 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
         if machine.rank == 0:
             save(folder, model, optimizers, scaler, recipe, history, classes)
         print(f"epoch {epoch + 1}/{recipe.epochs}  test {percent(accuracies, classes)}", flush=True)
+        progress.begin_line()
     return history
 
 
@@ -1178,17 +1201,21 @@ def start_machine(args):
     if names <= os.environ.keys():  # torchrun sets all; a cluster may set some for one process
         rank, local_rank, world = (int(os.environ[name])
                                    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    device, workers = device_for(args.device), args.workers or 0
+    device = device_for(args.device)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         expect(local_rank < count, f"process {local_rank + 1} of this machine finds {count} GPUs: "
                                    "start no more processes (--nproc-per-node)")
         torch.cuda.set_device(local_rank)
-        if args.workers is None:
-            processors = os.cpu_count()
-            if hasattr(os, "sched_getaffinity"):  # Linux: those that this process may use
-                processors = len(os.sched_getaffinity(0))
-            workers = processors // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if args.workers is not None:
+        workers = args.workers
+    elif device.type == "cuda":
+        processors = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):  # Linux: those that this process may use
+            processors = len(os.sched_getaffinity(0))
+        workers = processors // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    else:
+        workers = 0
     if world > 1:
         dist.init_process_group()
     if rank > 0:
@@ -1199,7 +1226,7 @@ def start_machine(args):
 def load_data(machine, name, root, split):
     """load_dataset in all processes, first in process 0, which downloads what is missing."""
     if machine.rank > 0:
-        dist.barrier()  # waits until process 0 comes to the other barrier
+        dist.barrier()  # waits for process 0, which has its barrier after loading
     try:
         return load_dataset(name, root, split)
     finally:
@@ -1245,8 +1272,26 @@ def new_folder(out, data):
             continue
 
 
-def load_run(folder, given):
-    """The checkpoint of a run to resume, and its recipe, which the flags must agree with."""
+def start_run(args, given, classes, machine):
+    """The recipe and the model of a new run. It starts from new weights, or from --checkpoint."""
+    checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
+    new_head = checkpoint is not None and not keeps_head(checkpoint, classes)
+    chosen = {"model": model_for(args.train, given, checkpoint),
+              "dtype": given.get("dtype", dtype_for("auto", machine.device))}
+    recipe = recipe_for(args.train, given | chosen, world=machine.world,
+                        fine_tuning=checkpoint is not None, new_head=new_head)
+    torch.manual_seed(recipe.seed)
+    model = make_model(recipe.model, args.train, classes, checkpoint)
+    if checkpoint:
+        load_weights(model, adapt(checkpoint["model"], model, new_head), args.checkpoint)
+    if new_head:
+        print(f"head: {len(checkpoint['model'].get('head.bias', ()))} -> {len(classes)} classes, "
+              "starts anew", flush=True)
+    return recipe, model
+
+
+def load_run(folder, given, classes):
+    """The recipe, the model and the checkpoint of a run to resume. The flags must agree with it."""
     path = Path(folder, "last.pt")
     expect(path.exists(),
            f"--out {folder}: nothing is saved yet, no epoch had ended; start a new run")
@@ -1258,7 +1303,10 @@ def load_run(folder, given):
         flag = "--train" if name == "data" else f"--{name.replace('_', '-')}"
         expect(value == getattr(recipe, name),
                f"{path} has {flag} {getattr(recipe, name)}, not {value}: omit the flag")
-    return checkpoint, recipe
+    expect(checkpoint["classes"] == classes, f"{path} is for other classes than those of --data")
+    model = DAT(checkpoint["config"])
+    load_weights(model, checkpoint["model"], path)
+    return recipe, model, checkpoint
 
 
 def command_line(args, machine, *flags):
@@ -1271,58 +1319,39 @@ def command_line(args, machine, *flags):
 def run_training(args, given, machine):
     """--train: a new run or one to resume. What can be wrong is found before anything is written.
     `given`: fields of a recipe that the user set by flags."""
-    checkpoint = None  # what to go on from, or to start from
-    if args.resume:
-        checkpoint, recipe = load_run(args.out, {"data": args.train, **given})
-    elif args.checkpoint:
-        checkpoint = load_checkpoint(args.checkpoint)
     train_images, classes = load_data(machine, args.train, args.data, "train")
     test_images, test_classes = load_data(machine, args.train, args.data, "test")
     expect(classes == test_classes, f"--data {args.data}: train/ and val/ differ in the classes "
                                     f"{sorted({*classes} ^ {*test_classes})[:3]}")
-    keep_head = checkpoint is None or keeps_head(checkpoint, classes)
     if args.resume:
-        expect(keep_head, f"{args.out} is for other classes than those of --data {args.data}")
+        recipe, model, resumed = load_run(args.out, given | {"data": args.train}, classes)
     else:
-        chosen = {"model": model_for(args.train, given, checkpoint),
-                  "dtype": given.get("dtype", dtype_for("auto", machine.device))}
-        recipe = recipe_for(args.train, given | chosen, world=machine.world,
-                            fine_tuning=checkpoint is not None, new_head=not keep_head)
+        recipe, model = start_run(args, given, classes, machine)
+        resumed = None
     batch, at_once = recipe.batch_size, recipe.micro_batch * machine.world
     expect(batch <= len(train_images), f"--batch-size {batch} is more than the "
            f"{len(train_images):,} images to train on: choose a smaller one")
     expect(batch % at_once == 0, f"--batch-size {batch} is no multiple of --micro-batch "
            f"{recipe.micro_batch} in each of {machine.world} processes")
-
-    torch.manual_seed(recipe.seed)
-    model = make_model(recipe.model, args.train, classes, checkpoint)
-    if args.resume:
-        load_weights(model, checkpoint["model"], args.out)
-    elif checkpoint:
-        load_weights(model, adapt(checkpoint["model"], model, keep_head), args.checkpoint)
     model.to(machine.device)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # weights in the layout of their gradients, for DDP
+        if isinstance(module, nn.Conv2d):  # as their gradients are; else DDP warns
             module.to(memory_format=torch.channels_last)
-
     folder = args.out
     if machine.rank == 0 and not args.resume:  # the others write nothing
         folder = new_folder(args.out, args.train)
     print(f"{len(train_images):,} images to train on, {len(test_images):,} to test on; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{machine.world} x {machine.device.type}; into {folder}/\n{recipe}", flush=True)
-    if not keep_head:
-        print(f"head: {len(checkpoint['model'].get('head.bias', ()))} -> {len(classes)} classes, "
-              "starts anew", flush=True)
     try:
         history = train(model, train_images, test_images, classes, recipe, machine, folder,
-                        checkpoint if args.resume else None, args.compile)
+                        resumed, args.compile)
     except KeyboardInterrupt:
-        hint = "; no epoch had ended: nothing is saved"
+        hint = "No epoch had ended: nothing is saved."
         if Path(f"{folder}/last.pt").exists():
-            again = command_line(args, machine, "--train", args.train, "--resume", "--out", folder)
-            hint = f"; go on with: {again}"
-        raise KeyboardInterrupt(hint if machine.rank == 0 else "") from None  # main prints the hint
+            hint = "Go on with: " + command_line(
+                args, machine, "--train", args.train, "--resume", "--out", folder)
+        raise KeyboardInterrupt(hint if machine.rank == 0 else "") from None  # for main to print
     last = f"{folder}/last.pt"
     print(f"finished: test {percent(history[-1], classes)}, saved in {last}; to test it again:\n"
           + command_line(args, machine, "--eval", args.train, "--checkpoint", last))
@@ -1352,15 +1381,15 @@ def read_flags(arguments):
     flag("--workers", type=lambda text: whole_number(text, 0),
          help="processes that load images; default: the processors with a GPU, else 0")
     flag("--compile", action="store_true", help="use torch.compile")
-    recipe = parser.add_argument_group("changes of the recipe").add_argument
-    recipe("--model", choices=VARIANTS, help="default: what suits the data")
-    recipe("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
+    change = parser.add_argument_group("changes of the recipe").add_argument
+    change("--model", choices=VARIANTS, help="default: what suits the data")
+    change("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
            help="type of autocast; default: auto, what the hardware multiplies fast")
-    recipe("--epochs", type=whole_number, help="times that all images are seen")
-    recipe("--batch-size", type=whole_number, help="images an update, in all processes")
-    recipe("--micro-batch", type=whole_number, help="images at once, for less memory")
-    recipe("--lr", type=float, help="highest learning rate")
-    recipe("--seed", type=lambda text: whole_number(text, 0), help="of all draws; default: 0")
+    change("--epochs", type=whole_number, help="times that all images are seen")
+    change("--batch-size", type=whole_number, help="images an update, in all processes")
+    change("--micro-batch", type=whole_number, help="images at once, for less memory")
+    change("--lr", type=float, help="highest learning rate")
+    change("--seed", type=lambda text: whole_number(text, 0), help="of all draws; default: 0")
     args = parser.parse_args(arguments or ["--help"])
     names = ("model", "dtype", "epochs", "batch_size", "micro_batch", "lr", "seed")
     given = {name: value for name, value in vars(args).items()
@@ -1384,10 +1413,10 @@ def main(arguments=None):
         run(args, given, start_machine(args))
         return 0
     except KeyboardInterrupt as stop:
-        print(f"dat.py: stopped{stop}", file=sys.stderr)
+        print("dat.py: stopped.", stop, file=sys.stderr)
         return 130
     except (InputError, OSError) as error:
-        # An error from a DataLoader's worker has a traceback before "InputError: <message>".
+        # From a DataLoader's worker comes a whole traceback; its end is "InputError: <message>".
         message = " ".join(str(error).rpartition("InputError: ")[2].split())
         print(f"dat.py: {message:.400}", file=sys.stderr)
         return 2
