@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,9 +72,10 @@ TEST = "--eval shapes --device cpu --checkpoint "
 
 
 @pytest.fixture(autouse=True)
-def same_start(monkeypatch):
-    """Every test begins at one seed, and outside a cluster's job."""
+def same_start(tmp_path, monkeypatch):
+    """Every test begins at one seed, in an empty folder, and outside a cluster's job."""
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
     for name in CLUSTER:
         monkeypatch.delenv(name, raising=False)
 
@@ -136,18 +138,6 @@ def values_and_gradients(run, model, images):
     logits, parameters = run(images), dict(model.named_parameters())
     gradients = torch.autograd.grad(logits.square().sum(), [*parameters.values()])
     return {"logits": logits, **dict(zip(parameters, gradients, strict=True))}
-
-
-class DevicesSeen(TorchFunctionMode):
-    """Collects the devices of all tensors that torch's functions return."""
-    def __init__(self):
-        super().__init__()
-        self.kinds = set()
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.kinds.add(result.device.type)
-        return result
 
 
 # ======== sampling (eq. 8) and points (eq. 7)
@@ -218,24 +208,21 @@ def test_cudnn_is_kept_out_of_bfloat16_attention(monkeypatch):
 
 @settings(max_examples=80)
 @on_devices
-@given(H=sides, W=sides, size=st.tuples(sides, sides), r=st.sampled_from([1, 2, 3]),
-       kernel=st.sampled_from([1, 3, 5]), s=st.sampled_from([0.5, 2.0, 5.0]),
+@given(H=sides, W=sides, size=st.tuples(sides, sides), stride=st.sampled_from([1, 2, 3]),
+       kernel=st.sampled_from([1, 3, 5]), offset_range=st.sampled_from([0.5, 2.0, 5.0]),
        geometry=st.sampled_from(GEOMETRIES), offsets=st.booleans(),
        heads_groups=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4)]),
        position=st.sampled_from(["relative", "fixed", "none"]))
-def test_deformable_attention_equals_the_loops(
-        device, H, W, size, r, kernel, s, geometry, heads_groups, offsets, position):
+def test_deformable_attention_equals_the_loops(device, H, W, size, heads_groups, **options):
     """[D4] Red for any slip in eq. 6-9: swapped axes, a wrong bound, group, head or table index,
     or an offset network that is not depth-wise, centred, normed, and without a last bias."""
     heads, groups = heads_groups
     attention = randomise(DeformableAttention(
-        dim=8, heads=heads, groups=groups, size=size, stride=r, kernel=kernel, offset_range=s,
-        geometry=geometry, offsets=offsets, position=position)).to(device)
+        dim=8, heads=heads, groups=groups, size=size, **options)).to(device)
     x = random_input(2, H, W, 8).to(device)
     outs, points = attention(x), attention.points(attention.q(x))
-    for image, out, where in zip(x, outs, points, strict=True):
-        expected = loops.deformable_attention(array(image), arrays(attention), heads, groups, r,
-                                              kernel, s, geometry, offsets, position)
+    for image, out, where in zip(array(x), outs, points, strict=True):
+        expected = loops.deformable_attention(image, arrays(attention), heads, groups, **options)
         close(out, expected[0])
         close(where, expected[1])
 
@@ -277,8 +264,7 @@ def test_drop_path_drops_whole_samples_at_its_rate():
 
 
 def test_drop_path_draws_for_both_branches():
-    """Red if a branch ignores its rate, or both drop the same samples. Each branch adds 1 / 0.5
-    to a sample, or nothing: none, one or both make 0, 2 or 4."""
+    """Red if a branch ignores its rate, or both drop the same samples: each adds 0 or 1 / 0.5."""
     stage = StageConfig(dim=8, heads=2, blocks="LL")
     block = DAT(small_config(stages=(stage,), drop_path=0.5)).stages[0].blocks[1]
     for layer in (block.attention, block.mlp.contract):
@@ -682,13 +668,20 @@ def test_on_a_gpu_nothing_is_made_on_the_cpu(variant, fields, cuda_autocast, mon
     for name in ("trunc_normal_", "kaiming_uniform_", "uniform_"):  # they need a GPU or values
         monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
     monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # which asks the driver
+    seen = set()
+    class SeeDevices(TorchFunctionMode):  # of all tensors that torch's functions return
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                seen.add(result.device.type)
+            return result
     with FakeTensorMode():
         with torch.device("cuda"):
             model, images = dat.build(variant, **fields), torch.empty(1, 3, 40, 56)
-        with DevicesSeen() as seen:
+        with SeeDevices():
             logits = model(images)
             points = model.sampling_points(images) if variant == "cifar-nano" else []  # for time
-    assert seen.kinds == {"cuda"}
+    assert seen == {"cuda"}
     assert (logits.device.type, logits.dtype) == ("cuda", cuda_autocast)
     assert [(p.device.type, p.dtype) for p in points] == [("cuda", torch.float32)] * len(points)
 
