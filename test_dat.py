@@ -1096,8 +1096,9 @@ def test_a_quarter_of_the_images_gets_a_box_of_noise(strong):
 
 
 # ======== recipe
-SHORT = {"floor": 0.01, "clip": 5.0, "weight_decay": 0.05, "augment": "light", "mixed": 0.0}
-LONG = SHORT | {"epochs": 300, "augment": "strong", "mixed": 0.9}
+SHORT = {"floor": 0.01, "clip": 5.0, "weight_decay": 0.05, "augment": "light", "mixed": 0.0,
+         "optimizer": "muon"}
+LONG = SHORT | {"epochs": 300, "augment": "strong", "mixed": 0.9, "optimizer": "adamw"}
 AUTHORS = LONG | {"batch_size": 1024, "micro_batch": 128, "lr": 1e-3, "warmup": 20 / 300, "seed": 0}
 
 
@@ -1111,8 +1112,8 @@ AUTHORS = LONG | {"batch_size": 1024, "micro_batch": 128, "lr": 1e-3, "warmup": 
     ("imagenet", "dat-t", {}, {"fine_tuning": True, "new_head": True},
      AUTHORS | dict(epochs=30, batch_size=64, micro_batch=64, lr=1.25e-4)),
     ("shapes", "cifar-nano", {}, {},
-     SHORT | dict(epochs=4, batch_size=64, lr=3e-3, warmup=0.25, micro_batch=64)),
-    ("cifar10", "cifar-nano", {}, {}, SHORT | dict(epochs=6, batch_size=128, lr=2e-3, warmup=0.05)),
+     SHORT | dict(epochs=3, batch_size=64, lr=3e-3, warmup=0.25, micro_batch=64)),
+    ("cifar10", "cifar-nano", {}, {}, SHORT | dict(epochs=5, batch_size=128, lr=2e-3, warmup=0.05)),
     ("cifar100", "cifar", {}, {}, LONG | dict(batch_size=256, lr=1e-3, warmup=0.05)),
     ("shapes", "cifar", {"epochs": 99}, {}, {"augment": "light", "mixed": 0}),
     ("shapes", "cifar", {"epochs": 100}, {}, {"augment": "strong", "mixed": 0.9}),
@@ -1172,8 +1173,8 @@ def muon_by_hand(matrix, mean, rate):
     s = s / math.sqrt(float(s.square().sum()))
     for _ in range(5):
         s = 3.4445 * s - 4.775 * s ** 3 + 2.0315 * s ** 5
-    factor = 0.2 * rate * math.sqrt(max(matrix.shape))
-    matrix.data = (1 - 0.3 * rate) * matrix.data - factor * (u * s) @ v
+    factor = 2 * rate * 0.2 * math.sqrt(max(matrix.shape))
+    matrix.data = (1 - 2 * rate * 0.3) * matrix.data - factor * (u * s) @ v
 
 
 def reference_run(recipe, count=42):
@@ -1261,8 +1262,8 @@ def test_muon_takes_the_steps_of_torchs(shape):
     ours, theirs = (torch.nn.Parameter(random_input(*shape).float()) for _ in range(2))
     optimizers = [dat.Muon([ours], 0.1),
                   torch.optim.Muon([theirs], weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = 0.05
+    optimizers[0].param_groups[0]["lr"] = 0.05
+    optimizers[1].param_groups[0]["lr"] = 0.1
     for update in range(3):
         ours.grad = theirs.grad = random_input(*shape, seed=update).float()
         for optimizer in optimizers:
