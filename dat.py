@@ -11,10 +11,10 @@
 Paper: arXiv 2201.00520. Sections 1 to 6 are the model; they need torch alone. Sections 7 to 11
 train it. The equations are computed in
 
-    (1), (3) WindowAttention.forward    (2) attend    (4), (5) Block.forward
-    (6), (9) DeformableAttention.forward    (7) DeformableAttention.points, OffsetNetwork
-    (8) bilinear_sample    the bias of (9) position_bias    (10) lab/cost.py
-    Sec. 3.3 DAT    Tab. 1 VARIANTS
+    Eq. 1, 3: WindowAttention.forward    Eq. 2: attend    Eq. 4, 5: Block.forward
+    Eq. 6, 9: DeformableAttention.forward    Eq. 7: DeformableAttention.points, OffsetNetwork
+    Eq. 8: bilinear_sample    bias of Eq. 9: DeformableAttention.position_bias
+    Eq. 10: lab/cost.py    Sec. 3.3: DAT    Tab. 1: VARIANTS
 
 Symbols. Modules pass maps as (B, H, W, C):
 
@@ -26,9 +26,9 @@ Symbols. Modules pass maps as (B, H, W, C):
 Departures from the paper (P) and from its authors' code, "the release", commit 566a593 (R):
 
     [D1] R: the outer reference points stand on the outer pixels, as in the paper. The release puts
-         them further inside. Published weights need its places: geometry="release".
-    [D2] P, R: any image size. Zeros fill up patches and windows (and windows mask them);
-         position tables are resized.
+         them further inside, and published weights need that: geometry="release".
+    [D2] P, R: any image size. Zeros fill up patches and windows (where they are masked); position
+         tables are resized.
     [D3] P: windows are shifted by ceil(w / 2), as in the release (Swin: floor).
     [D4] P: the offset network has the release's layer norm before GELU.
     [D5] R: two ablations work that crash there: points that never move (offsets=False) and a
@@ -92,10 +92,10 @@ def check(**values):
         else:
             fits, expected = isinstance(value, Integral) and value >= 1, "a whole number above 0"
         expect(fits, f"{name}={value!r}: expected {expected}")
-    # A caller gives all of these, or dim and heads, or none.
-    dim, heads, groups = (values.get(name, 1) for name in ("dim", "heads", "groups"))
-    expect(dim % heads == 0, f"dim={dim} is not divisible by heads={heads}")
-    expect(heads % groups == 0, f"heads={heads} is not divisible by groups={groups}")
+    for whole, part in (("dim", "heads"), ("heads", "groups")):
+        if part in values:
+            expect(values[whole] % values[part] == 0,
+                   f"{whole}={values[whole]} is not divisible by {part}={values[part]}")
     expect(values.get("kernel", 1) % 2 == 1, f"kernel={values.get('kernel')}: expected an odd one")
 
 
@@ -122,7 +122,8 @@ def attend(q, k, v, bias):
         scores += bias
         return scores.softmax(dim=-1) @ v
     shape = q.shape
-    # PyTorch's kernels want four axes. Six become four, (B, rows columns M, N, d); four stay.
+    # For PyTorch's kernels (B, rows, columns, M, N, d) becomes (B, rows columns M, N, d). Four axes
+    # stay as they are.
     q, k, v, bias = (x.flatten(1, -3) for x in (q, k, v, bias))
     # cuDNN's kernel is left out: it has bugs with a bias.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
@@ -152,8 +153,8 @@ def resize(table, size):
 
 # ======== 2. coordinates and sampling (Sec. 3.2, Eq. 8)
 def reference_coordinates(count, length, geometry, like):
-    """Where `count` reference points stand on an axis of `length` px, or the queries, if `count` is
-    `length`. Paper: Sec. 3.2. Shape: (count,), of the type and device of `like`.
+    """Where `count` reference points stand on an axis of `length` px. The queries stand where
+    `length` points would. Paper: Sec. 3.2. Shape: (count,), of the type and device of `like`.
     "paper": evenly from the first pixel's centre to the last's; a single point in the middle.
     "release": the middles of `count` equal parts of the line between those centres [D1]."""
     i = torch.arange(count, dtype=like.dtype, device=like.device)
@@ -163,9 +164,9 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far, in px, one of `count` points may move along an axis of `length` px. The paper gives
-    no unit of s (Sec. 3.2). Here s = 2 means one cell, if the axis is cut into `count` cells. The
-    release cuts an axis that is shorter by 1 px, between the outer pixels' centres [D1]."""
+    """How far, in px, one of `count` points may move along an axis of `length` px: s / 2 times
+    length / count. (The paper gives no unit of s, Sec. 3.2.) The release measures the length
+    between the centres of the outer pixels, so it is shorter by 1 px [D1]."""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -178,8 +179,7 @@ def bilinear_sample(maps, points):
 
 
 def sample_at(maps, y, x):
-    """bilinear_sample with y and x apart, which are broadcast to (B, ..). This is faster where each
-    of them is small, as in position_bias."""
+    """bilinear_sample with y and x apart, which are broadcast to (B, ..)."""
     B, C, H, W = maps.shape
     # grid_sample takes (x, y). With align_corners=False, -1 and 1 are the outer edges of the map,
     # half a pixel beyond 0 and H - 1. (With True they are 0 and H - 1, which fails if H = 1.)
@@ -196,6 +196,7 @@ class OffsetNetwork(nn.Module):
     layer norm [D4], GELU, and a 1x1 convolution. (A bias of it would move all points alike.)"""
     def __init__(self, *, dim, kernel, stride):
         super().__init__()
+        # As k is odd, its padding k // 2 gives Hk = ceil(H / r) rows.
         self.conv = nn.Conv2d(dim, dim, kernel, stride, kernel // 2, groups=dim)
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, 2, bias=False)
@@ -268,13 +269,15 @@ class DeformableAttention(nn.Module):
         key_y, key_x = points.view(B * G, 1, 1, Hk * Wk, 2).unbind(-1)  # (B G, 1, 1, K) each
         row = query_y.view(H, 1, 1) - key_y + H - 1  # R along y: (B G, H, 1, K)
         column = query_x.view(W, 1) - key_x + W - 1  # R along x: (B G, 1, W, K)
+        # Faster than bilinear_sample with all H W K points, as row and column are small.
         bias = sample_at(table, row, column)  # (B G, M / G, H, W, K)
         return bias.view(B, self.heads, H * W, Hk * Wk)
 
     def fixed_bias(self, query_size, key_size):
-        """An ablation [D5]: one number for each query and key, whatever the offset.
+        """An ablation [D5]: one number for each query and key, whatever the offset. The table, of
+        (M, h, w, hk, wk), is resized twice: along its axes of keys, then along those of queries.
         Shape: query_size (H, W), key_size (Hk, Wk) -> (1, M, N, K)."""
-        table = resize(self.table, key_size)  # (M, h, w, Hk, Wk): h, w as the table was made
+        table = resize(self.table, key_size)  # (M, h, w, Hk, Wk)
         table = table.permute(0, 3, 4, 1, 2)  # (M, Hk, Wk, h, w)
         table = resize(table, query_size).flatten(3)  # (M, Hk, Wk, N)
         return table.flatten(1, 2).transpose(1, 2)[None]  # (1, M, N, K)
@@ -309,13 +312,13 @@ def pad_to_multiple(x, side):
 
 
 class WindowAttention(nn.Module):
-    """Attention inside w x w windows with a learned bias: local, or with a `shift` shifted.
+    """Attention inside w x w windows with a learned bias. `shift` moves the windows by so many px.
     Paper: Sec. 3.3, from Swin (Liu et al., 2021). Shape: (B, H, W, C) -> the same, any H, W.
     Raises: InputError."""
     def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
         check(dim=dim, heads=heads, window=window)
-        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # [D3]: if w = 1, 1
+        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # [D3]: ceil(1 / 2) = 1
                f"shift={shift!r}: expected a whole number from 0 to window={window}")
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -331,10 +334,10 @@ class WindowAttention(nn.Module):
         return x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
 
     def regions(self, H, W):
-        """A number for each pixel of each window, (rows, columns, w w): 0 for zeros that fill up
-        a map, 2 to 4 for what rolling takes to its other side, 1 for the rest. For example, a row
-        of 6 pixels a b c d e f, with w = 4 and shift 2, gives windows c d e f and 0 0 a b: they
-        have the regions 1 1 1 1 and 0 0 2 2."""
+        """A number for each pixel of each window: 0 for padding, 1 where nothing wrapped round when
+        the map was rolled, 2 where x did, 3 where y did, 4 where both did. For example, with w = 4
+        and shift 2, the row a b c d e f is padded to a b c d e f - - and rolled to c d e f - - a b:
+        it has the regions 1 1 1 1 0 0 2 2. Shape: -> (rows, columns, w w)."""
         device = self.table.device
         rolled_y = torch.arange(H, device=device) < self.shift
         rolled_x = torch.arange(W, device=device) < self.shift
@@ -344,8 +347,9 @@ class WindowAttention(nn.Module):
 
     def bias(self, H, W):
         """The table at query - key + w - 1, or minus infinity for a query and a key of different
-        regions: then they were apart before the map was filled up and rolled. (Zeros see zeros: a
-        row of minus infinity alone would give NaN.) Shape: -> (1, rows, columns, M, w w, w w)."""
+        regions, which are not neighbours in the map. Padding sees padding: if it saw nothing, its
+        rows would be minus infinity alone, and softmax gives NaN then.
+        Shape: -> (1, rows, columns, M, w w, w w)."""
         w, i = self.window, torch.arange(self.window, device=self.table.device)
         y, x = i.repeat_interleave(w), i.repeat(w)  # (w w,): the pixels of a window
         row, column = y[:, None] - y + w - 1, x[:, None] - x + w - 1  # (w w, w w): query, key
@@ -355,7 +359,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
-        # flatten copies. As the copy has the same name, the first qkv is freed: faster on a CPU.
+        # One variable for all three, so that memory is freed early: faster on a CPU.
         qkv = self.qkv(self.cut(x))  # Eq. 1
         rows, columns = qkv.shape[1], qkv.shape[3]
         qkv = qkv.unflatten(5, (3, M, C // M))  # (B, rows, w, columns, w, 3, M, d)
@@ -496,8 +500,7 @@ class Block(nn.Module):
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
-        # A tensor without a name is freed at once. This large one stays until the call ends, which
-        # is faster on a CPU (lab/RESULTS.md).
+        # A variable, so that its memory is freed late: faster on a CPU (lab/RESULTS.md).
         hidden = self.mlp["expand"](self.norm2(z))
         return drop_path(self.mlp["contract"](F.gelu(hidden)), self.rate, self.training) + z
 
@@ -557,8 +560,8 @@ class DAT(nn.Module):
         points = []
         for i, stage in enumerate(self.stages):
             scale = self.config.patch * 2 ** i  # image px per map px
-            # Where map pixel 0 lies in the image: in the middle of a patch of scale x scale px. The
-            # kernels of the stem "conv" are centred, so there it lies on image pixel 0.
+            # Where map pixel 0 lies in the image: in the middle of a patch of scale x scale px, or
+            # on image pixel 0, as all kernels of stem="conv" are centred.
             first = (scale - 1) / 2 if self.config.stem == "patch" else 0
             x = stage.down(x)
             for block in stage.blocks:
@@ -577,11 +580,9 @@ def build(variant, **overrides):
 
 
 # ======== 6. the authors' weights
-RELEASE_NAMES = {  # regular expressions for parts of the release's names, and our names
+RELEASE_NAMES = {  # regular expressions for parts of the release's names, and ours
     r"^patch_proj\.0": "stem.conv",
     r"^patch_proj\.1\.norm": "stem.norm",
-    r"^(stages\.\d+\.down)\.0": r"\1.conv",
-    r"^(stages\.\d+\.down)\.1\.norm": r"\1.norm",
     r"\.mlps\.(\d+)\.chunk\.linear1": r".blocks.\1.mlp.expand",
     r"\.mlps\.(\d+)\.chunk\.linear2": r".blocks.\1.mlp.contract",
     r"\.attns\.(\d+)\.(proj_)?": r".blocks.\1.attention.",  # proj_q becomes q
@@ -596,8 +597,9 @@ RELEASE_NAMES = {  # regular expressions for parts of the release's names, and o
 def our_name(name):
     """The name here of a parameter of the release; our own names stay as they are."""
     match name.split("."):
-        case ["down_projs", i, *rest]:  # down_projs.0 is between the stages 0 and 1
-            name = ".".join(["stages", str(int(i) + 1), "down", *rest])
+        case ["down_projs", i, *_, kind]:  # down_projs.0 is between the stages 0 and 1
+            layer = "norm" if "norm" in name else "conv"
+            name = f"stages.{int(i) + 1}.down.{layer}.{kind}"
         case ["stages", i, "layer_norms", j, "norm", kind]:  # two in each block
             name = f"stages.{i}.blocks.{int(j) // 2}.norm{int(j) % 2 + 1}.{kind}"
     for theirs, ours in RELEASE_NAMES.items():
@@ -619,9 +621,8 @@ def rename_weights(weights):
         if name.endswith("relative_position_bias_table"):  # (displacements, heads) there
             side = math.isqrt(len(value))
             value = value.T.reshape(-1, side, side)
-        elif re.search(r"proj_(q|k|v|out)\.weight|conv_offset\.3\.weight", name):
-            # In D blocks these are 1x1 convolutions there, (C', C, 1, 1). In windows (C', C) stays.
-            value = value.flatten(1)
+        elif re.search(r"attns.*(proj_\w+|conv_offset\.3)\.weight", name):
+            value = value.flatten(1)  # (C', C, 1, 1) where they are 1x1 convolutions there
         renamed[our_name(name)] = value
     return renamed
 
@@ -648,7 +649,7 @@ SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "ba
 
 
 def seed_of(*purpose):
-    """A seed for each purpose of random numbers: seed_of("image", seed, place)."""
+    """A seed for each purpose of random numbers: seed_of("order", seed, epoch)."""
     return random.Random(repr(purpose)).getrandbits(63)
 
 
@@ -761,8 +762,8 @@ def normalise(image, mean, std):  # five times as fast as v2.ToDtype and v2.Norm
 
 
 def transform_for(data, size, augment):
-    """From what load_dataset gives, a path (imagenet) or an image of size x size, to the network's
-    input (3, size, size). `augment`: "none" for tests, "light" crops and flips, or "strong"."""
+    """Makes the network's input (3, size, size) from what load_dataset gives: a path (imagenet), or
+    an image of that size. `augment`: "none" for tests, "light" crops and flips, or "strong"."""
     from torchvision.transforms import InterpolationMode, v2
     bicubic = InterpolationMode.BICUBIC
     side = size * 256 // 224  # 256 for 224, 438 for 384
@@ -787,9 +788,9 @@ def transform_for(data, size, augment):
 
 
 class Samples(Dataset):
-    """Transformed images. Item `place` is image place % len(images): places go on counting through
-    all epochs. Each has its own seed, so that its random draws depend neither on the process nor
-    on the worker that makes them."""
+    """Transformed images, numbered through all epochs: item `place` is image place % len(images).
+    Each place has its own seed, so that its random draws depend neither on the process nor on the
+    worker that makes them."""
     def __init__(self, images, transform, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
 
@@ -826,8 +827,8 @@ class Recipe:
 
 def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
     """The recipe for `data`. The values that the user has `given`, a dict, replace its own; "model"
-    and "dtype" are always given. The recipes for imagenet, or a folder of one's own, are the
-    authors', except that for a new head."""
+    and "dtype" are always given. "imagenet" is any folder of images; its recipes are the authors',
+    except that for a new head."""
     model = given["model"]
     if data == "shapes":
         recipe = {"epochs": 3, "batch_size": 64, "lr": 3e-3, "warmup": 0.25, "optimizer": "muon"}
@@ -847,9 +848,9 @@ def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
         recipe = {"epochs": 300, "batch_size": 1024, "lr": 1e-3}
     if data == "imagenet" and "batch_size" in given:  # the rate grows with the batch
         recipe["lr"] *= given["batch_size"] / recipe["batch_size"]
+    if data != "imagenet" and given.get("epochs", recipe["epochs"]) < 100:
+        recipe |= {"augment": "light", "mixed": 0.0}  # too short for more (lab/RESULTS.md)
     recipe |= given
-    if data != "imagenet" and recipe["epochs"] < 100:  # too short for more (lab/RESULTS.md)
-        recipe |= {"augment": "light", "mixed": 0.0}
     if "micro_batch" not in recipe:  # the largest that fits memory and splits the batch evenly
         largest = 128 if data == "imagenet" else 1024
         sizes = [n for n in range(1, largest + 1) if recipe["batch_size"] % (n * world) == 0]
@@ -891,17 +892,16 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr = 2 * group["lr"]  # twice AdamW's rate was better (lab/RESULTS.md)
-            momentum = group["momentum"]
+            lr, momentum = 2 * group["lr"], group["momentum"]  # 2: better (lab/RESULTS.md)
             for matrix in group["params"]:
                 state = self.state[matrix]
                 if not state:
                     state["mean"] = torch.zeros_like(matrix)  # of the gradients
                 mean = state["mean"].lerp_(matrix.grad, 1 - momentum)
                 step = orthogonalise(matrix.grad.lerp(mean, momentum))  # Nesterov's momentum
+                step *= 0.2 * math.sqrt(max(matrix.shape))  # entries as large as those of AdamW
                 matrix *= 1 - lr * group["weight_decay"]
-                # With this factor the entries are as large as those of AdamW's steps.
-                matrix -= lr * 0.2 * math.sqrt(max(matrix.shape)) * step
+                matrix -= lr * step
 
 
 def make_optimizers(model, name, weight_decay):
@@ -955,7 +955,7 @@ def load_checkpoint(path):
     our names), "geometry", "config", "classes", "recipe". The last three are empty unless it is
     last.pt, which also has what a run needs to go on. Raises: InputError."""
     expect(Path(path).exists(), f"{path} does not exist: expected a file of weights")
-    try:  # the authors' files also hold settings, a CfgNode: it is read as an OrderedDict
+    try:  # the authors' files hold settings of the class CfgNode: they are read as OrderedDict
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, all about this file
@@ -997,13 +997,13 @@ def keeps_head(checkpoint, classes):
 
 
 def adapt(weights, model, new_head):
-    """Weights to start from: position tables get the model's sizes [D2]. If `new_head`, the head is
-    the model's own."""
+    """Weights to start from: position tables (of three axes, so none that is "fixed") get the
+    model's sizes [D2]. If `new_head`, the head is the model's own."""
     adapted = dict(weights)
     for name, own in model.state_dict().items():
         if name.startswith("head.") and new_head:
             adapted[name] = own
-        elif name.endswith("table") and own.ndim == 3 and name in weights:  # five if "fixed"
+        elif name.endswith("table") and own.ndim == 3 and name in weights:
             adapted[name] = resize(weights[name], own.shape[1:])
     return adapted
 
@@ -1028,7 +1028,7 @@ def micro_batches(count, recipe, machine, first_epoch):
         rng = torch.Generator().manual_seed(seed_of("order", recipe.seed, epoch))
         order = epoch * count + torch.randperm(count, generator=rng)
         whole_batches = order.split(recipe.batch_size)[:count // recipe.batch_size]
-        for batch in whole_batches:  # whose micro-batches the processes take in turn
+        for batch in whole_batches:  # the processes take its micro-batches in turn
             for places in batch.split(recipe.micro_batch)[machine.rank::machine.world]:
                 yield places.tolist()
 
@@ -1146,8 +1146,8 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
                 torch.manual_seed(seed_of("update", recipe.seed, update, index))  # mix, drop path
                 if update < recipe.mixed * updates:
                     images, labels = mix(images, labels)
-                # DistributedDataParallel, if used, exchanges gradients after the last one only.
-                network.require_backward_grad_sync = i == accumulate - 1
+                if machine.world > 1:  # they exchange gradients after the last one only
+                    network.require_backward_grad_sync = i == accumulate - 1
                 with machine.autocast(recipe.dtype):
                     loss = F.cross_entropy(network(images), labels, label_smoothing=0.1)
                 scaler.scale(loss / accumulate).backward()
@@ -1235,8 +1235,8 @@ def load_data(machine, name, root, split):
             dist.barrier()
 
 
-def model_for(data, given, checkpoint):
-    """A name in VARIANTS: that of the flag --model, of the checkpoint, or what suits the data."""
+def model_name(data, given, checkpoint):
+    """In VARIANTS: that of the flag --model, of the checkpoint, or what suits the data."""
     default = "dat-t" if data == "imagenet" else "cifar-nano"
     trained = checkpoint["recipe"] if checkpoint else {}
     return given.get("model", trained.get("model", default))
@@ -1248,7 +1248,7 @@ def run_evaluation(args, given, machine):
     images, classes = load_data(machine, args.eval, args.data, "test")
     expect(checkpoint["classes"] in (None, classes),
            f"{args.checkpoint} is for other classes than those of {args.eval} in {args.data}")
-    name = model_for(args.eval, given, checkpoint)
+    name = model_name(args.eval, given, checkpoint)
     choice = given.get("dtype", checkpoint["recipe"].get("dtype", "auto"))
     dtype = dtype_for(choice, machine.device)
     model = make_model(name, args.eval, classes, checkpoint)
@@ -1277,8 +1277,8 @@ def start_run(args, given, classes, machine):
     """The recipe and the model of a new run. It starts from new weights, or from --checkpoint."""
     checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
     new_head = checkpoint is not None and not keeps_head(checkpoint, classes)
-    chosen = {"model": model_for(args.train, given, checkpoint),
-              "dtype": given.get("dtype", dtype_for("auto", machine.device))}
+    chosen = {"model": model_name(args.train, given, checkpoint),
+              "dtype": dtype_for(given.get("dtype", "auto"), machine.device)}
     recipe = recipe_for(args.train, given | chosen, world=machine.world,
                         fine_tuning=checkpoint is not None, new_head=new_head)
     torch.manual_seed(recipe.seed)
@@ -1319,7 +1319,7 @@ def command_line(args, machine, *flags):
 def run_training(args, given, machine):
     """--train: a new run or one to resume. What can be wrong is found before anything is written.
     `given`: fields of a recipe that the user set by flags."""
-    if args.resume:
+    if args.resume:  # first of all, as data may be slow to load
         recipe, model, resumed = load_run(args.out, given | {"data": args.train})
     train_images, classes = load_data(machine, args.train, args.data, "train")
     test_images, test_classes = load_data(machine, args.train, args.data, "test")
@@ -1338,7 +1338,7 @@ def run_training(args, given, machine):
            f"{recipe.micro_batch} in each of {machine.world} processes")
     model.to(machine.device)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # as their gradients are; else DDP warns
+        if isinstance(module, nn.Conv2d):  # DistributedDataParallel wants it as gradients are
             module.to(memory_format=torch.channels_last)
     folder = args.out
     if machine.rank == 0 and not args.resume:  # the others write nothing
