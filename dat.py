@@ -27,8 +27,8 @@ Departures from the paper (P) and from its authors' code, "the release", commit 
 
     [D1] R: the outer reference points stand on the outer pixels, as in the paper. The release puts
          them further inside, and published weights need that: geometry="release".
-    [D2] P, R: any image size. Zeros fill up patches and windows (where they are masked); position
-         tables are resized.
+    [D2] P, R: any image size. Maps are padded with zeros to whole patches and windows. Attention
+         in windows masks these zeros. Position tables are resized.
     [D3] P: windows are shifted by ceil(w / 2), as in the release (Swin: floor).
     [D4] P: the offset network has the release's layer norm before GELU.
     [D5] R: two ablations work that crash there: points that never move (offsets=False) and a
@@ -115,7 +115,7 @@ def ceil_div(a, b):
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2, with the bias of Eq. 9.
     Shape: q (B, M, N, d), k and v (B, M, K, d), bias (B or 1, M, N, K) -> (B, M, N, d).
-    Attention in windows has three axes in the place of M: (rows, columns, M)."""
+    For windows M is three axes, (rows, columns, M), in all of these."""
     bias = bias.to(q.dtype)
     if q.is_cpu:  # the formula is faster there than PyTorch's kernels
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
@@ -153,8 +153,8 @@ def resize(table, size):
 
 # ======== 2. coordinates and sampling (Sec. 3.2, Eq. 8)
 def reference_coordinates(count, length, geometry, like):
-    """Where `count` reference points stand on an axis of `length` px. The queries stand where
-    `length` points would. Paper: Sec. 3.2. Shape: (count,), of the type and device of `like`.
+    """Where `count` reference points stand on an axis of `length` px. With count = length, also
+    where the queries stand. Paper: Sec. 3.2. Shape: (count,), of the type and device of `like`.
     "paper": evenly from the first pixel's centre to the last's; a single point in the middle.
     "release": the middles of `count` equal parts of the line between those centres [D1]."""
     i = torch.arange(count, dtype=like.dtype, device=like.device)
@@ -165,8 +165,7 @@ def reference_coordinates(count, length, geometry, like):
 
 def largest_offset(count, length, offset_range, geometry):
     """How far, in px, one of `count` points may move along an axis of `length` px: s / 2 times
-    length / count. (The paper gives no unit of s, Sec. 3.2.) The release measures the length
-    between the centres of the outer pixels, so it is shorter by 1 px [D1]."""
+    length / count, or in "release" (length - 1) / count [D1]. The paper gives no unit of s."""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -179,7 +178,8 @@ def bilinear_sample(maps, points):
 
 
 def sample_at(maps, y, x):
-    """bilinear_sample with y and x apart, which are broadcast to (B, ..)."""
+    """bilinear_sample with y and x apart, broadcast to (B, ..) after the arithmetic. This is faster
+    in position_bias, where both are small before."""
     B, C, H, W = maps.shape
     # grid_sample takes (x, y). With align_corners=False, -1 and 1 are the outer edges of the map,
     # half a pixel beyond 0 and H - 1. (With True they are 0 and H - 1, which fails if H = 1.)
@@ -222,9 +222,10 @@ class DeformableAttention(nn.Module):
         self.heads, self.groups, self.stride = heads, groups, stride
         self.offset_range, self.geometry, self.position = offset_range, geometry, position
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        self.offset = None  # [D5]: points do not move
         if offsets:
             self.offset = OffsetNetwork(dim=dim // groups, kernel=kernel, stride=stride)
+        else:
+            self.offset = None  # an ablation [D5]: points do not move
         if position == "relative":
             self.table = position_table(heads, 2 * H - 1, 2 * W - 1)
         elif position == "fixed":
@@ -269,7 +270,6 @@ class DeformableAttention(nn.Module):
         key_y, key_x = points.view(B * G, 1, 1, Hk * Wk, 2).unbind(-1)  # (B G, 1, 1, K) each
         row = query_y.view(H, 1, 1) - key_y + H - 1  # R along y: (B G, H, 1, K)
         column = query_x.view(W, 1) - key_x + W - 1  # R along x: (B G, 1, W, K)
-        # Faster than bilinear_sample with all H W K points, as row and column are small.
         bias = sample_at(table, row, column)  # (B G, M / G, H, W, K)
         return bias.view(B, self.heads, H * W, Hk * Wk)
 
@@ -318,7 +318,7 @@ class WindowAttention(nn.Module):
     def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
         check(dim=dim, heads=heads, window=window)
-        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # [D3]: ceil(1 / 2) = 1
+        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # 1 if w = 1 [D3]
                f"shift={shift!r}: expected a whole number from 0 to window={window}")
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -359,7 +359,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
-        # One variable for all three, so that memory is freed early: faster on a CPU.
+        # As one variable, each is freed when the next is made: faster on a CPU (lab/RESULTS.md).
         qkv = self.qkv(self.cut(x))  # Eq. 1
         rows, columns = qkv.shape[1], qkv.shape[3]
         qkv = qkv.unflatten(5, (3, M, C // M))  # (B, rows, w, columns, w, 3, M, d)
@@ -445,10 +445,11 @@ def table_row(dim, heads, blocks, groups, kernels, window):
                  for i in range(len(blocks)))
 
 
+# Tab. 1, for each of the four stages: blocks, groups, kernels.
 TINY, DEEP = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
-NARROW, WIDE = (None, None, 3, 6), (None, None, 4, 8)  # groups
+NARROW, WIDE = (None, None, 3, 6), (None, None, 4, 8)
 KERNELS = (9, 7, 5, 3)
-VARIANTS = {  # Tab. 1; published weights need geometry="release" [D1]
+VARIANTS = {  # published weights need geometry="release" [D1]
     # table_row(C and heads of stage 1; blocks, groups, kernels of each stage; window)
     "dat-t": DATConfig(stages=table_row(96, 3, TINY, NARROW, KERNELS, 7), drop_path=0.2),
     "dat-s": DATConfig(stages=table_row(96, 3, DEEP, NARROW, KERNELS, 7), drop_path=0.3),
@@ -500,7 +501,7 @@ class Block(nn.Module):
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
-        # A variable, so that its memory is freed late: faster on a CPU (lab/RESULTS.md).
+        # As a variable, this tensor is freed at the end: here that is faster (lab/RESULTS.md).
         hidden = self.mlp["expand"](self.norm2(z))
         return drop_path(self.mlp["contract"](F.gelu(hidden)), self.rate, self.training) + z
 
@@ -522,9 +523,9 @@ class DAT(nn.Module):
         depth = sum(len(stage.blocks) for stage in config.stages)
         rates = iter([config.drop_path * i / max(depth - 1, 1) for i in range(depth)])
         self.stages = nn.ModuleList()
-        for stage, size in zip(config.stages, config.map_sizes()):
+        for i, (stage, size) in enumerate(zip(config.stages, config.map_sizes())):
             down = nn.Identity()
-            if self.stages:  # all but the first
+            if i > 0:
                 kernel = 2 if config.stem == "patch" else 3
                 # No bias, as in the release.
                 down = Projection(dim, stage.dim, kernel=kernel, stride=2, bias=False)
@@ -580,7 +581,7 @@ def build(variant, **overrides):
 
 
 # ======== 6. the authors' weights
-RELEASE_NAMES = {  # regular expressions for parts of the release's names, and ours
+RELEASE_NAMES = {  # regular expressions for parts of the release's names, and ours; all apply
     r"^patch_proj\.0": "stem.conv",
     r"^patch_proj\.1\.norm": "stem.norm",
     r"\.mlps\.(\d+)\.chunk\.linear1": r".blocks.\1.mlp.expand",
@@ -622,7 +623,7 @@ def rename_weights(weights):
             side = math.isqrt(len(value))
             value = value.T.reshape(-1, side, side)
         elif re.search(r"attns.*(proj_\w+|conv_offset\.3)\.weight", name):
-            value = value.flatten(1)  # (C', C, 1, 1) where they are 1x1 convolutions there
+            value = value.flatten(1)  # 1x1 convolutions there, (C', C, 1, 1); (C', C) stays
         renamed[our_name(name)] = value
     return renamed
 
@@ -658,21 +659,21 @@ def make_shapes(count, *, seed, side=32):
     Shape: images (count, 3, side, side) uint8, labels (count,), masks (count, side, side) bool."""
     rng = torch.Generator().manual_seed(seed)
 
-    def draw(low, high, *shape):  # uniform, (count, *shape)
+    def draw(low, high, shape):  # uniform, (count, *shape)
         return low + (high - low) * torch.rand(count, *shape, generator=rng)
 
     row, column = torch.arange(side)[:, None] + 0.5, torch.arange(side) + 0.5
-    blotches = F.interpolate(draw(0, 0.5, 3, 4, 4), (side, side), mode="bilinear")
-    images = blotches + draw(-0.05, 0.05, 3, side, side)
+    blotches = F.interpolate(draw(0, 0.5, (3, 4, 4)), (side, side), mode="bilinear")
+    images = blotches + draw(-0.05, 0.05, (3, side, side))
     for _ in range(8):  # clutter: small boxes
-        y, x = draw(0, side, 2, 1, 1, 1).unbind(1)  # (count, 1, 1, 1) each
-        height, width = draw(0.5, side / 12, 2, 1, 1, 1).unbind(1)
+        y, x = draw(0, side, (2, 1, 1, 1)).unbind(1)  # (count, 1, 1, 1) each
+        height, width = draw(0.5, side / 12, (2, 1, 1, 1)).unbind(1)
         box = ((row - y).abs() < height) & ((column - x).abs() < width)
-        images = torch.where(box, draw(0, 0.6, 3, 1, 1), images)
+        images = torch.where(box, draw(0, 0.6, (3, 1, 1)), images)
 
-    radius, angle = draw(0.2, 0.36, 1, 1) * side, draw(0, 2 * math.pi, 1, 1)
-    centre_y = radius + (side - 2 * radius) * draw(0, 1, 1, 1)
-    centre_x = radius + (side - 2 * radius) * draw(0, 1, 1, 1)
+    radius, angle = draw(0.2, 0.36, (1, 1)) * side, draw(0, 2 * math.pi, (1, 1))
+    centre_y = radius + (side - 2 * radius) * draw(0, 1, (1, 1))
+    centre_x = radius + (side - 2 * radius) * draw(0, 1, (1, 1))
     y, x = row - centre_y, column - centre_x
     u = (x * angle.cos() + y * angle.sin()) / radius  # along the axes of the figure, from -1 to 1
     v = (y * angle.cos() - x * angle.sin()) / radius
@@ -691,7 +692,7 @@ def make_shapes(count, *, seed, side=32):
         (u.abs() < 1) & (v.abs() < 0.3)])  # bar
     labels = torch.randint(len(SHAPES), (count,), generator=rng)
     masks = figures[labels, torch.arange(count)]
-    colour = draw(0.5, 1, 3, 1, 1) + draw(-0.05, 0.05, 3, side, side)
+    colour = draw(0.5, 1, (3, 1, 1)) + draw(-0.05, 0.05, (3, side, side))
     images = torch.where(masks[:, None], colour, images)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels, masks
 
@@ -768,12 +769,11 @@ def transform_for(data, size, augment):
     bicubic = InterpolationMode.BICUBIC
     side = size * 256 // 224  # 256 for 224, 438 for 384
     if data != "imagenet":
-        crop = [] if augment == "none" else [v2.RandomCrop(size, padding=4)]
+        steps = [] if augment == "none" else [v2.RandomCrop(size, padding=4)]
     elif augment == "none":  # as in the release, it does not keep proportions
-        crop = [read_image, v2.Resize((side, side), bicubic), v2.CenterCrop(size)]
+        steps = [read_image, v2.Resize((side, side), bicubic), v2.CenterCrop(size)]
     else:
-        crop = [read_image, v2.RandomResizedCrop(size, interpolation=bicubic)]
-    steps = crop
+        steps = [read_image, v2.RandomResizedCrop(size, interpolation=bicubic)]
     if augment != "none":
         steps += [v2.RandomHorizontalFlip()]
     if augment == "strong":  # magnitude 9 on a scale from 0 to 10, so 11 bins
@@ -789,8 +789,8 @@ def transform_for(data, size, augment):
 
 class Samples(Dataset):
     """Transformed images, numbered through all epochs: item `place` is image place % len(images).
-    Each place has its own seed, so that its random draws depend neither on the process nor on the
-    worker that makes them."""
+    (micro_batches asks so.) Each place has its own seed, so that its random draws depend neither on
+    the process nor on the worker that makes them."""
     def __init__(self, images, transform, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
 
@@ -854,15 +854,16 @@ def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
     if "micro_batch" not in recipe:  # the largest that fits memory and splits the batch evenly
         largest = 128 if data == "imagenet" else 1024
         sizes = [n for n in range(1, largest + 1) if recipe["batch_size"] % (n * world) == 0]
-        recipe["micro_batch"] = max(sizes, default=1)  # 1 if none does: run_training refuses it
+        recipe["micro_batch"] = max(sizes, default=1)  # with 1, run_training says what is wrong
     return Recipe(data=data, **recipe)
 
 
 def learning_rate(update, *, updates, peak, warmup, floor):
     """The rate of `update` 0, 1, .. of `updates`: it rises from peak * floor / 10 to the peak in
-    the share `warmup` of the updates, then falls to peak * floor along half a cosine [D8]."""
+    the share `warmup` of the updates, or more of them in a short run, then falls to peak * floor
+    along half a cosine [D8]."""
     warm = int(updates * warmup)
-    if warmup > 0:  # short runs need at least 50 updates, or a quarter of all
+    if warmup > 0:  # at least 50 updates, or a quarter of all
         warm = max(warm, min(50, updates // 4))
     if update < warm:
         return peak * (floor / 10 + (1 - floor / 10) * update / warm)
@@ -892,14 +893,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum = 2 * group["lr"], group["momentum"]  # 2: better (lab/RESULTS.md)
+            lr = 2 * group["lr"]  # twice AdamW's rate was better (lab/RESULTS.md)
+            momentum = group["momentum"]
             for matrix in group["params"]:
                 state = self.state[matrix]
                 if not state:
                     state["mean"] = torch.zeros_like(matrix)  # of the gradients
                 mean = state["mean"].lerp_(matrix.grad, 1 - momentum)
                 step = orthogonalise(matrix.grad.lerp(mean, momentum))  # Nesterov's momentum
-                step *= 0.2 * math.sqrt(max(matrix.shape))  # entries as large as those of AdamW
+                step *= 0.2 * math.sqrt(max(matrix.shape))  # now its entries are as AdamW's
                 matrix *= 1 - lr * group["weight_decay"]
                 matrix -= lr * step
 
@@ -937,7 +939,8 @@ def write_atomically(path, content):
 def save(folder, model, optimizers, scaler, recipe, history, classes):
     """last.pt, from which a run resumes, and metrics.csv, a line an epoch."""
     mean, std = mean_and_std(recipe.data)
-    # In training, weights of convolutions are channels-last, which safetensors refuses.
+    # In training, weights of convolutions are channels-last. safetensors, to which a user may
+    # convert the file, refuses these.
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     file = io.BytesIO()
     torch.save({"model": weights, "config": asdict(model.config), "classes": classes,
@@ -955,7 +958,7 @@ def load_checkpoint(path):
     our names), "geometry", "config", "classes", "recipe". The last three are empty unless it is
     last.pt, which also has what a run needs to go on. Raises: InputError."""
     expect(Path(path).exists(), f"{path} does not exist: expected a file of weights")
-    try:  # the authors' files hold settings of the class CfgNode: they are read as OrderedDict
+    try:  # settings in the authors' files, of the class CfgNode, are read as an OrderedDict
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, all about this file
@@ -997,8 +1000,8 @@ def keeps_head(checkpoint, classes):
 
 
 def adapt(weights, model, new_head):
-    """Weights to start from: position tables (of three axes, so none that is "fixed") get the
-    model's sizes [D2]. If `new_head`, the head is the model's own."""
+    """Weights to start from: position tables get the model's sizes [D2], but for "fixed" ones, of
+    five axes: load_weights refuses another size. If `new_head`, the head is the model's own."""
     adapted = dict(weights)
     for name, own in model.state_dict().items():
         if name.startswith("head.") and new_head:
@@ -1043,12 +1046,13 @@ def test_loader(data, images, size, machine):
 
 
 @torch.no_grad()
-def evaluate(model, tests, dtype, machine):
-    """Accuracies from 0 to 1 on the test images of all processes: {"top1": .., "top5": ..}."""
+def evaluate(model, loader, dtype, machine):
+    """Accuracies from 0 to 1 on the test images of all processes: {"top1": .., "top5": ..}.
+    `loader`: the test_loader of this process."""
     model.eval()
     correct = torch.zeros(2, dtype=torch.int64, device=machine.device)  # top-1, top-5
     printed_at = time.monotonic()
-    for i, (images, labels) in enumerate(tests):
+    for i, (images, labels) in enumerate(loader):
         with machine.autocast(dtype):
             logits = model(images.to(machine.device))
         best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
@@ -1056,11 +1060,11 @@ def evaluate(model, tests, dtype, machine):
         correct += torch.stack([hits[:, 0].sum(), hits.sum()])
         if time.monotonic() - printed_at > 10:
             printed_at = time.monotonic()
-            print(f"tested {(i + 1) / len(tests):.0%} of the images", flush=True)
+            print(f"tested {(i + 1) / len(loader):.0%} of the images", flush=True)
     if machine.world > 1:
         dist.all_reduce(correct)
     top1, top5 = correct.tolist()
-    return {"top1": top1 / len(tests.dataset), "top5": top5 / len(tests.dataset)}
+    return {"top1": top1 / len(loader.dataset), "top5": top5 / len(loader.dataset)}
 
 
 def percent(accuracies, classes):
@@ -1076,9 +1080,9 @@ class Progress:
         # of one, as it has no backward pass.
         self.epoch_cost = steps * recipe.batch_size + test_images / 3
         self.start = time.monotonic()
-        self.begin_line()
+        self.start_new_line()
 
-    def begin_line(self):
+    def start_new_line(self):
         self.losses, self.line_start = [], time.monotonic()
 
     def show(self, epoch, step, loss, rate):
@@ -1097,7 +1101,7 @@ class Progress:
         print(f"epoch {epoch + 1}/{recipe.epochs}  update {step + 1}/{self.steps}  "
               f"loss {loss:.3f}  lr {rate:.2g}  {speed:,.0f} images/s  "
               f"{timedelta(seconds=seconds_left)} left", flush=True)
-        self.begin_line()
+        self.start_new_line()
 
 
 def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
@@ -1147,7 +1151,7 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
                 if update < recipe.mixed * updates:
                     images, labels = mix(images, labels)
                 if machine.world > 1:  # they exchange gradients after the last one only
-                    network.require_backward_grad_sync = i == accumulate - 1
+                    network.require_backward_grad_sync = (i == accumulate - 1)
                 with machine.autocast(recipe.dtype):
                     loss = F.cross_entropy(network(images), labels, label_smoothing=0.1)
                 scaler.scale(loss / accumulate).backward()
@@ -1171,7 +1175,7 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
         if machine.rank == 0:
             save(folder, model, optimizers, scaler, recipe, history, classes)
         print(f"epoch {epoch + 1}/{recipe.epochs}  test {percent(accuracies, classes)}", flush=True)
-        progress.begin_line()
+        progress.start_new_line()
     return history
 
 
@@ -1227,16 +1231,16 @@ def start_machine(args):
 def load_data(machine, name, root, split):
     """load_dataset in all processes, first in process 0, which downloads what is missing."""
     if machine.rank > 0:
-        dist.barrier()  # waits for process 0, which has its barrier after loading
+        dist.barrier()  # ends when process 0 comes to its barrier below
     try:
         return load_dataset(name, root, split)
-    finally:
+    finally:  # also after an error: the others shall not wait for ever
         if machine.rank == 0 and machine.world > 1:
             dist.barrier()
 
 
 def model_name(data, given, checkpoint):
-    """In VARIANTS: that of the flag --model, of the checkpoint, or what suits the data."""
+    """The name of a variant: the flag --model, or the checkpoint's, or the default for the data."""
     default = "dat-t" if data == "imagenet" else "cifar-nano"
     trained = checkpoint["recipe"] if checkpoint else {}
     return given.get("model", trained.get("model", default))
@@ -1292,7 +1296,7 @@ def start_run(args, given, classes, machine):
 
 
 def load_run(folder, given):
-    """The recipe, the model and the checkpoint of a run to resume. The flags must agree with it."""
+    """The checkpoint of a run to resume, with its Recipe. The flags must agree with it."""
     path = Path(folder, "last.pt")
     expect(path.exists(),
            f"--out {folder}: nothing is saved yet, no epoch had ended; start a new run")
@@ -1304,9 +1308,7 @@ def load_run(folder, given):
         flag = "--train" if name == "data" else f"--{name.replace('_', '-')}"
         expect(value == getattr(recipe, name),
                f"{path} has {flag} {getattr(recipe, name)}, not {value}: omit the flag")
-    model = DAT(checkpoint["config"])
-    load_weights(model, checkpoint["model"], path)
-    return recipe, model, checkpoint
+    return checkpoint | {"recipe": recipe}
 
 
 def command_line(args, machine, *flags):
@@ -1319,18 +1321,18 @@ def command_line(args, machine, *flags):
 def run_training(args, given, machine):
     """--train: a new run or one to resume. What can be wrong is found before anything is written.
     `given`: fields of a recipe that the user set by flags."""
-    if args.resume:  # first of all, as data may be slow to load
-        recipe, model, resumed = load_run(args.out, given | {"data": args.train})
+    resumed = load_run(args.out, given | {"data": args.train}) if args.resume else None
     train_images, classes = load_data(machine, args.train, args.data, "train")
     test_images, test_classes = load_data(machine, args.train, args.data, "test")
     expect(classes == test_classes, f"--data {args.data}: train/ and val/ differ in the classes "
                                     f"{sorted({*classes} ^ {*test_classes})[:3]}")
-    if args.resume:
+    if resumed:
         expect(resumed["classes"] == classes, f"{args.out} is for other classes than those of "
                                               f"--data {args.data}")
+        recipe, model = resumed["recipe"], DAT(resumed["config"])
+        load_weights(model, resumed["model"], args.out)
     else:
         recipe, model = start_run(args, given, classes, machine)
-        resumed = None
     batch, at_once = recipe.batch_size, recipe.micro_batch * machine.world
     expect(batch <= len(train_images), f"--batch-size {batch} is more than the "
            f"{len(train_images):,} images to train on: choose a smaller one")
@@ -1338,10 +1340,10 @@ def run_training(args, given, machine):
            f"{recipe.micro_batch} in each of {machine.world} processes")
     model.to(machine.device)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # DistributedDataParallel wants it as gradients are
+        if isinstance(module, nn.Conv2d):  # the layout of its gradient, for several processes
             module.to(memory_format=torch.channels_last)
     folder = args.out
-    if machine.rank == 0 and not args.resume:  # the others write nothing
+    if machine.rank == 0 and not resumed:  # the others write nothing
         folder = new_folder(args.out, args.train)
     print(f"{len(train_images):,} images to train on, {len(test_images):,} to test on; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters; "
@@ -1350,11 +1352,12 @@ def run_training(args, given, machine):
         history = train(model, train_images, test_images, classes, recipe, machine, folder,
                         resumed, args.compile)
     except KeyboardInterrupt:
-        hint = "No epoch had ended: nothing is saved."
+        hint = "no epoch had ended: nothing is saved"
         if Path(f"{folder}/last.pt").exists():
-            hint = "Go on with: " + command_line(
+            hint = "go on with: " + command_line(
                 args, machine, "--train", args.train, "--resume", "--out", folder)
-        raise KeyboardInterrupt(hint if machine.rank == 0 else "") from None  # for main to print
+        print(f"stopped; {hint}", flush=True)
+        raise
     last = f"{folder}/last.pt"
     print(f"finished: test {percent(history[-1], classes)}, saved in {last}; to test it again:\n"
           + command_line(args, machine, "--eval", args.train, "--checkpoint", last))
@@ -1415,11 +1418,11 @@ def main(arguments=None):
         run = run_training if args.train else run_evaluation
         run(args, given, start_machine(args))
         return 0
-    except KeyboardInterrupt as stop:
-        print("dat.py: stopped.", stop, file=sys.stderr)
+    except KeyboardInterrupt:
         return 130
     except (InputError, OSError) as error:
-        # From a DataLoader's worker comes a whole traceback; its end is "InputError: <message>".
+        # From a DataLoader's worker comes a whole traceback, with "InputError: <message>" at its
+        # end. Other messages stay whole.
         message = " ".join(str(error).rpartition("InputError: ")[2].split())
         print(f"dat.py: {message:.400}", file=sys.stderr)
         return 2
