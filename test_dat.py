@@ -1764,6 +1764,20 @@ def test_every_study_runs(tiny, monkeypatch, name):
     assert all(f"\n{label} | " in out for label in study.STUDIES[name])
 
 
+@pytest.mark.parametrize("data", ["shapes", "cifar10", "cifar100"])
+def test_optimisers_are_compared_by_their_own_runs(tiny, monkeypatch, data):
+    """Red if both curves are of one optimiser, or the seconds are not summed."""
+    shrink(monkeypatch, train=128, test=8)
+    load_dataset = dat.load_dataset
+    monkeypatch.setattr(dat, "load_dataset", lambda _, *rest: load_dataset("shapes", *rest))
+    seen, make_optimizers = [], dat.make_optimizers
+    monkeypatch.setattr(dat, "make_optimizers", lambda model, name, decay: (
+        seen.append(name) or make_optimizers(model, name, decay)))
+    out = run_lab(monkeypatch, "optimizers", f"{data} --epochs 2 --seeds 2 --data no --out a.png")
+    assert seen == ["adamw", "adamw", "muon", "muon"] and Path("a.png").exists()
+    assert len(re.findall(r"seed [01]:  [\d.]+% after \d+ s  [\d.]+% after \d+ s", out)) == 4
+
+
 @pytest.mark.parametrize("flags", ["", "--no-offsets", "--windows --seed 3"])
 def test_the_detector_trains(monkeypatch, flags):
     """Red if a choice of detect.py fails."""
@@ -1856,7 +1870,7 @@ def test_every_printed_command_runs(folder, monkeypatch):
     assert len(commands) > 15
     for command in commands:
         script, flags = re.search(r"(\w+)\.py ?(.*)", command.replace("DIR", "images")).groups()
-        if script in ("bench", "study", "detect"):
+        if script in ("bench", "study", "detect", "optimizers"):
             code = (HERE / f"lab/{script}.py").read_text() + (HERE / "lab/command.py").read_text()
             for flag in re.findall(r"--[\w-]+", flags):
                 assert f'"{flag}"' in code, command

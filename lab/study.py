@@ -2,11 +2,12 @@
 
     python lab/study.py offsets --epochs 3 --seeds 3
 
-A study changes one field of the model: offsets (the main question), range (s), groups (G),
-position, windows. A run is `dat.py --train shapes` on one thread. The table holds the accuracy on
-test images, and means over the D blocks, in %: on, points on the object (the mask's value; off the
-image 0); on other, the same on another image's mask, which a layout blind to the image gets too;
-att, att other, the same weighted by the attention a point receives; outside, points off the image.
+A study changes one field of the model: offsets (the main question), range (s), groups (G), stride
+(r), position, geometry, windows. A run is `dat.py --train shapes` on one thread. The table holds
+the accuracy on test images, and means over the D blocks, in %: on, points on the object (the mask's
+value; off the image 0); on other, the same on another image's mask, which a layout blind to the
+image gets too; att, att other, the same weighted by the attention a point receives; outside, points
+off the image.
 """
 import contextlib
 import io
@@ -28,19 +29,21 @@ TEST_IMAGES = 2000
 
 
 def model(dims=(48, 96), blocks="LD/LD", patch=4, offsets=True, position="relative",
-          **changes) -> dat.DATConfig:
+          geometry="paper", **changes) -> dat.DATConfig:
     """By default 8 x 8 and 4 x 4 points, 4 and 8 px apart; `changes` apply to stages with a D."""
     stages = tuple(dat.StageConfig(dim=dim, heads=dim // 12, blocks=letters, window=4, kernel=3,
                                    **({"groups": 2} | changes if "D" in letters else {}))
                    for dim, letters in zip(dims, blocks.split("/")))
     return dat.DATConfig(stages=stages, image_size=32, patch=patch, stem="conv", classes=8,
-                         offsets=offsets, position=position)
+                         offsets=offsets, position=position, geometry=geometry)
 
 
 STUDIES = {
     "offsets": {"learned": model(), "none": model(offsets=False), "windows": model(blocks="LS/LS")},
     "range": {f"s={s:g}": model(offset_range=float(s)) for s in (0.5, 1, 2, 4, 8, 100)},
     "groups": {f"G={g}": model(groups=g) for g in (1, 2, 4)},
+    "stride": {f"r={r}": model(stride=r) for r in (1, 2, 4)},
+    "geometry": {name: model(geometry=name) for name in ("paper", "release")},
     "position": {name: model(position=name) for name in ("relative", "fixed", "none")},
     "windows": {blocks: model((24, 48, 96, 192), blocks, patch=2)
                 for blocks in ("LS/LS/LD/LD", "LS/LD/LD/LD", "LD/LD/LD/LD")}}
