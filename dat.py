@@ -25,14 +25,14 @@ Symbols. Modules pass maps as (B, H, W, C):
 
 Departures from the paper (P) and from its authors' code, "the release", commit 566a593 (R):
 
-    [D1] R: the outer reference points stand on the outer pixels, as in the paper. The release puts
-         them further inside, and published weights need that: geometry="release".
+    [D1] R: the outer reference points stand on the outer pixels, as in the paper. In the release,
+         and so for published weights, they stand further inside: geometry="release".
     [D2] P, R: any image size. Maps are padded with zeros to whole patches and windows. Attention
          in windows masks these zeros. Position tables are resized.
     [D3] P: windows are shifted by ceil(w / 2), as in the release (Swin: floor).
     [D4] P: the offset network has the release's layer norm before GELU.
-    [D5] R: two ablations work that crash there: points that never move (offsets=False) and a
-         bias that ignores where they are (position="fixed").
+    [D5] R: two ablations work that crash there: points that never move (offsets=False), and one
+         bias for each query and key, whatever the offset (position="fixed").
     [D6] P, R: stem="conv" has overlapping 3x3 convolutions; the release's has 7x7.
     [D7] P: weights start from PyTorch's defaults, position tables at deviation 0.01.
     [D8] R: RandAugment on all images, at one strength; no MixUp or CutMix in the last tenth of
@@ -115,7 +115,7 @@ def ceil_div(a, b):
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2, with the bias of Eq. 9.
     Shape: q (B, M, N, d), k and v (B, M, K, d), bias (B or 1, M, N, K) -> (B, M, N, d).
-    For windows M is three axes, (rows, columns, M), in all of these."""
+    Windows give q (B, rows, columns, M, N, d), and k, v and bias alike."""
     bias = bias.to(q.dtype)
     if q.is_cpu:  # the formula is faster there than PyTorch's kernels
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
@@ -164,8 +164,9 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far, in px, one of `count` points may move along an axis of `length` px: s / 2 times
-    length / count, or in "release" (length - 1) / count [D1]. The paper gives no unit of s."""
+    """How far, in px, one of `count` points may move along an axis of `length` px: by s / count, if
+    the axis goes from -1 to 1. In "release" it is length - 1 px long [D1]. (The paper gives no unit
+    of s.)"""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -178,8 +179,8 @@ def bilinear_sample(maps, points):
 
 
 def sample_at(maps, y, x):
-    """bilinear_sample with y and x apart, broadcast to (B, ..) after the arithmetic. This is faster
-    in position_bias, where both are small before."""
+    """bilinear_sample with y and x apart, of shapes that broadcast to (B, ..). If both are small,
+    this is faster than with all points."""
     B, C, H, W = maps.shape
     # grid_sample takes (x, y). With align_corners=False, -1 and 1 are the outer edges of the map,
     # half a pixel beyond 0 and H - 1. (With True they are 0 and H - 1, which fails if H = 1.)
@@ -265,8 +266,8 @@ class DeformableAttention(nn.Module):
         table = resize(self.table.to(points.dtype), (2 * H - 1, 2 * W - 1))
         table = table.expand(B, -1, -1, -1)  # (B, M, 2 H - 1, 2 W - 1)
         table = table.unflatten(1, (G, -1)).flatten(0, 1)  # (B G, M / G, 2 H - 1, 2 W - 1)
-        query_y = reference_coordinates(H, H, self.geometry, like=points)  # (H,)
-        query_x = reference_coordinates(W, W, self.geometry, like=points)  # (W,)
+        query_y = reference_coordinates(H, H, self.geometry, like=points)  # "paper": 0 .. H - 1
+        query_x = reference_coordinates(W, W, self.geometry, like=points)
         key_y, key_x = points.view(B * G, 1, 1, Hk * Wk, 2).unbind(-1)  # (B G, 1, 1, K) each
         row = query_y.view(H, 1, 1) - key_y + H - 1  # R along y: (B G, H, 1, K)
         column = query_x.view(W, 1) - key_x + W - 1  # R along x: (B G, 1, W, K)
@@ -318,7 +319,7 @@ class WindowAttention(nn.Module):
     def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
         check(dim=dim, heads=heads, window=window)
-        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # 1 if w = 1 [D3]
+        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # equal if w = 1 [D3]
                f"shift={shift!r}: expected a whole number from 0 to window={window}")
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -359,7 +360,8 @@ class WindowAttention(nn.Module):
 
     def forward(self, x):
         (B, H, W, C), M, w = x.shape, self.heads, self.window
-        # As one variable, each is freed when the next is made: faster on a CPU (lab/RESULTS.md).
+        # One variable, qkv, for three tensors: each is freed when the next is made, which is faster
+        # on a CPU (lab/RESULTS.md).
         qkv = self.qkv(self.cut(x))  # Eq. 1
         rows, columns = qkv.shape[1], qkv.shape[3]
         qkv = qkv.unflatten(5, (3, M, C // M))  # (B, rows, w, columns, w, 3, M, d)
@@ -446,18 +448,18 @@ def table_row(dim, heads, blocks, groups, kernels, window):
 
 
 # Tab. 1, for each of the four stages: blocks, groups, kernels.
-TINY, DEEP = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
-NARROW, WIDE = (None, None, 3, 6), (None, None, 4, 8)
+BLOCKS_T, BLOCKS_SB = ("LS", "LS", "LD" * 3, "LD"), ("LS", "LS", "LD" * 9, "LD")
+GROUPS_TS, GROUPS_B = (None, None, 3, 6), (None, None, 4, 8)
 KERNELS = (9, 7, 5, 3)
 VARIANTS = {  # published weights need geometry="release" [D1]
     # table_row(C and heads of stage 1; blocks, groups, kernels of each stage; window)
-    "dat-t": DATConfig(stages=table_row(96, 3, TINY, NARROW, KERNELS, 7), drop_path=0.2),
-    "dat-s": DATConfig(stages=table_row(96, 3, DEEP, NARROW, KERNELS, 7), drop_path=0.3),
-    "dat-b": DATConfig(stages=table_row(128, 4, DEEP, WIDE, KERNELS, 7), drop_path=0.5),
-    "dat-b-384": DATConfig(stages=table_row(128, 4, DEEP, WIDE, KERNELS, 12), drop_path=0.5,
-                           image_size=384),
+    "dat-t": DATConfig(stages=table_row(96, 3, BLOCKS_T, GROUPS_TS, KERNELS, 7), drop_path=0.2),
+    "dat-s": DATConfig(stages=table_row(96, 3, BLOCKS_SB, GROUPS_TS, KERNELS, 7), drop_path=0.3),
+    "dat-b": DATConfig(stages=table_row(128, 4, BLOCKS_SB, GROUPS_B, KERNELS, 7), drop_path=0.5),
+    "dat-b-384": DATConfig(stages=table_row(128, 4, BLOCKS_SB, GROUPS_B, KERNELS, 12),
+                           drop_path=0.5, image_size=384),
     # For images of 32 px: DAT-T at half its width, and a small one for a CPU.
-    "cifar": DATConfig(stages=table_row(48, 3, TINY, NARROW, KERNELS, 4), drop_path=0.1,
+    "cifar": DATConfig(stages=table_row(48, 3, BLOCKS_T, GROUPS_TS, KERNELS, 4), drop_path=0.1,
                        image_size=32, patch=1, stem="conv", classes=10),
     "cifar-nano": DATConfig(stages=table_row(48, 3, ("LSD", "LDLD", "LD"), (3, 3, 6), (7, 5, 3), 4),
                             image_size=32, stem="conv", classes=10)}
@@ -501,7 +503,7 @@ class Block(nn.Module):
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
-        # As a variable, this tensor is freed at the end: here that is faster (lab/RESULTS.md).
+        # A variable, so that this tensor is freed at the end of the call. Here late is faster.
         hidden = self.mlp["expand"](self.norm2(z))
         return drop_path(self.mlp["contract"](F.gelu(hidden)), self.rate, self.training) + z
 
@@ -581,7 +583,7 @@ def build(variant, **overrides):
 
 
 # ======== 6. the authors' weights
-RELEASE_NAMES = {  # regular expressions for parts of the release's names, and ours; all apply
+RELEASE_NAMES = {  # parts of the release's names, as regular expressions: what we write instead
     r"^patch_proj\.0": "stem.conv",
     r"^patch_proj\.1\.norm": "stem.norm",
     r"\.mlps\.(\d+)\.chunk\.linear1": r".blocks.\1.mlp.expand",
@@ -788,9 +790,9 @@ def transform_for(data, size, augment):
 
 
 class Samples(Dataset):
-    """Transformed images, numbered through all epochs: item `place` is image place % len(images).
-    (micro_batches asks so.) Each place has its own seed, so that its random draws depend neither on
-    the process nor on the worker that makes them."""
+    """Transformed images, numbered through all epochs: item `place` is image place % len(images) in
+    epoch place // len(images). Each place has its own seed, so that its random draws depend neither
+    on the process nor on the worker that makes them."""
     def __init__(self, images, transform, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
 
@@ -854,7 +856,8 @@ def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
     if "micro_batch" not in recipe:  # the largest that fits memory and splits the batch evenly
         largest = 128 if data == "imagenet" else 1024
         sizes = [n for n in range(1, largest + 1) if recipe["batch_size"] % (n * world) == 0]
-        recipe["micro_batch"] = max(sizes, default=1)  # with 1, run_training says what is wrong
+        # No size fits if `world` does not divide the batch; run_training refuses that.
+        recipe["micro_batch"] = max(sizes, default=1)
     return Recipe(data=data, **recipe)
 
 
@@ -899,9 +902,10 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[matrix]
                 if not state:
                     state["mean"] = torch.zeros_like(matrix)  # of the gradients
+                # mean <- momentum mean + (1 - momentum) gradient; Nesterov: once more for the step
                 mean = state["mean"].lerp_(matrix.grad, 1 - momentum)
-                step = orthogonalise(matrix.grad.lerp(mean, momentum))  # Nesterov's momentum
-                step *= 0.2 * math.sqrt(max(matrix.shape))  # now its entries are as AdamW's
+                step = orthogonalise(matrix.grad.lerp(mean, momentum))
+                step *= 0.2 * math.sqrt(max(matrix.shape))  # entries as large as in AdamW's steps
                 matrix *= 1 - lr * group["weight_decay"]
                 matrix -= lr * step
 
@@ -954,9 +958,10 @@ def save(folder, model, optimizers, scaler, recipe, history, classes):
 
 
 def load_checkpoint(path):
-    """Reads last.pt, a state dict or the authors' file. Returns a dict: "model" (the weights, by
-    our names), "geometry", "config", "classes", "recipe". The last three are empty unless it is
-    last.pt, which also has what a run needs to go on. Raises: InputError."""
+    """A dict with "model" (the weights, by our names), "geometry", "config", "classes", "recipe".
+    From last.pt, it also has what a run needs to go on. From a state dict, or an authors' file,
+    which has one under "model" beside settings of theirs, "config" and "classes" are None and
+    "recipe" is empty. Raises: InputError."""
     expect(Path(path).exists(), f"{path} does not exist: expected a file of weights")
     try:  # settings in the authors' files, of the class CfgNode, are read as an OrderedDict
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
@@ -967,14 +972,14 @@ def load_checkpoint(path):
     named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
     expect(named and weights and all(map(torch.is_tensor, weights.values())),
            f"{path} holds no weights: expected last.pt, a state dict or the authors' file")
+    released = any("patch_proj." in name for name in weights)
     try:
-        if "config" in content:
+        if "config" in content and not released:  # last.pt
             config = DATConfig(**content["config"])
             return content | {"model": rename_weights(weights), "geometry": config.geometry,
                               "config": config, "classes": tuple(content["classes"]),
                               "recipe": dict(content["recipe"])}
-        geometry = "release" if any("patch_proj." in name for name in weights) else "paper"
-        return {"model": rename_weights(weights), "geometry": geometry,
+        return {"model": rename_weights(weights), "geometry": "release" if released else "paper",
                 "config": None, "classes": None, "recipe": {}}
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise InputError(f"{path} does not hold what it should: {error}") from None
@@ -1107,7 +1112,7 @@ class Progress:
 def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
     """Trains to the end of the recipe, and saves after each epoch. `resumed`: the checkpoint to
     go on from, or None; `compiles`: whether to use torch.compile. Returns a dict for each epoch.
-    Raises: InputError if the loss is not finite."""
+    In other processes than 0, print does nothing. Raises: InputError if the loss is not finite."""
     from torchvision.transforms import v2
     device, size, history = machine.device, model.config.image_size, []
     optimizers = make_optimizers(model, recipe.optimizer, recipe.weight_decay)
@@ -1264,8 +1269,8 @@ def run_evaluation(args, given, machine):
 
 
 def new_folder(out, data):
-    """`out`, or the first runs/<data>-<n> that does not exist. mkdir fails where another run,
-    started at the same time, was faster."""
+    """`out`, which is empty or does not exist, or the first runs/<data>-<n> that does not exist.
+    mkdir fails where another run, started at the same time, was faster."""
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         return out
@@ -1340,7 +1345,7 @@ def run_training(args, given, machine):
            f"{recipe.micro_batch} in each of {machine.world} processes")
     model.to(machine.device)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # the layout of its gradient, for several processes
+        if isinstance(module, nn.Conv2d):  # as its gradient: DistributedDataParallel compares
             module.to(memory_format=torch.channels_last)
     folder = args.out
     if machine.rank == 0 and not resumed:  # the others write nothing
@@ -1385,7 +1390,7 @@ def read_flags(arguments):
     flag("--resume", action="store_true", help="go on with the run in --out")
     flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
     flag("--workers", type=lambda text: whole_number(text, 0),
-         help="processes that load images; default: the processors with a GPU, else 0")
+         help="processes that load images; default: without a GPU 0, else one for each processor")
     flag("--compile", action="store_true", help="use torch.compile")
     change = parser.add_argument_group("changes of the recipe").add_argument
     change("--model", choices=VARIANTS, help="default: what suits the data")

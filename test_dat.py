@@ -32,7 +32,7 @@ import zlib
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1537,6 +1537,22 @@ ODD_FILES = {
     "odd stages": lambda good: good | {"config": {"stages": 3}},
     "other patch": lambda good: good | {"config": good["config"] | {"patch": 2}},
     "other classes": lambda good: good | {"classes": tuple("abcdefgh")}}
+
+
+def test_an_authors_file_loads_with_the_settings_in_it(tiny, monkeypatch):
+    """Red if their settings, of a class that is not installed, are refused or taken for ours."""
+    class CfgNode(dict):
+        __module__, __qualname__ = "yacs.config", "CfgNode"
+
+    with monkeypatch.context() as context:  # only while the file is written
+        context.setitem(sys.modules, "yacs", ModuleType("yacs"))
+        context.setitem(sys.modules, "yacs.config", ModuleType("yacs.config"))
+        sys.modules["yacs.config"].CfgNode = CfgNode
+        torch.save({"model": official_state(OFFICIAL), "epoch": 300, "optimizer": {"state": {}},
+                    "config": CfgNode(MODEL=CfgNode(NAME="dat"), LR=0.1)}, "theirs.pth")
+    checkpoint = dat.load_checkpoint("theirs.pth")
+    assert (checkpoint["geometry"], checkpoint["config"]) == ("release", None)
+    dat.load_official(checkpoint["model"], OFFICIAL)  # it takes both files and loaded weights
 
 
 @pytest.mark.parametrize("kind", ODD_FILES)
