@@ -164,9 +164,10 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far, in px, one of `count` points may move along an axis of `length` px: by s / count, if
-    the axis goes from -1 to 1. In "release" it is length - 1 px long [D1]. (The paper gives no unit
-    of s.)"""
+    """How far, in px, one of `count` points may move along an axis of `length` px. The paper gives
+    no unit of s. Here the bound is s / 2 times length / count: as that is about r, s = 2 allows r
+    px. The release has s / count on an axis that goes from -1 at the first pixel's centre to 1 at
+    the last's, so length - 1 stands for length [D1]."""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -319,7 +320,7 @@ class WindowAttention(nn.Module):
     def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
         check(dim=dim, heads=heads, window=window)
-        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # equal if w = 1 [D3]
+        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # w = 1: ceil(1 / 2) [D3]
                f"shift={shift!r}: expected a whole number from 0 to window={window}")
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -335,10 +336,10 @@ class WindowAttention(nn.Module):
         return x.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
 
     def regions(self, H, W):
-        """A number for each pixel of each window: 0 for padding, 1 where nothing wrapped round when
-        the map was rolled, 2 where x did, 3 where y did, 4 where both did. For example, with w = 4
-        and shift 2, the row a b c d e f is padded to a b c d e f - - and rolled to c d e f - - a b:
-        it has the regions 1 1 1 1 0 0 2 2. Shape: -> (rows, columns, w w)."""
+        """A number for each pixel of each window: 0 for padding, 1 where rolling the map wrapped
+        nothing round, 2 where it wrapped columns, 3 rows, 4 both. For example, with w = 4 and shift
+        2, the row a b c d e f is padded to a b c d e f - - and rolled to c d e f - - a b: it has
+        the regions 1 1 1 1 0 0 2 2. Shape: -> (rows, columns, w w)."""
         device = self.table.device
         rolled_y = torch.arange(H, device=device) < self.shift
         rolled_x = torch.arange(W, device=device) < self.shift
@@ -503,7 +504,7 @@ class Block(nn.Module):
 
     def forward(self, z):
         z = drop_path(self.attention(self.norm1(z)), self.rate, self.training) + z
-        # A variable, so that this tensor is freed at the end of the call. Here late is faster.
+        # A variable, so that this tensor is freed at the end of the call, which is faster on a CPU.
         hidden = self.mlp["expand"](self.norm2(z))
         return drop_path(self.mlp["contract"](F.gelu(hidden)), self.rate, self.training) + z
 
@@ -829,8 +830,8 @@ class Recipe:
 
 def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
     """The recipe for `data`. The values that the user has `given`, a dict, replace its own; "model"
-    and "dtype" are always given. "imagenet" is any folder of images; its recipes are the authors',
-    except that for a new head."""
+    and "dtype" are always given. "imagenet" is any folder of images. Its recipes are the authors';
+    the one for a new head is ours."""
     model = given["model"]
     if data == "shapes":
         recipe = {"epochs": 3, "batch_size": 64, "lr": 3e-3, "warmup": 0.25, "optimizer": "muon"}
@@ -1005,8 +1006,9 @@ def keeps_head(checkpoint, classes):
 
 
 def adapt(weights, model, new_head):
-    """Weights to start from: position tables get the model's sizes [D2], but for "fixed" ones, of
-    five axes: load_weights refuses another size. If `new_head`, the head is the model's own."""
+    """Weights to start from: position tables get the model's sizes [D2]. (Not those of
+    position="fixed", which have five axes: load_weights refuses them at another size.) If
+    `new_head`, the head is the model's own."""
     adapted = dict(weights)
     for name, own in model.state_dict().items():
         if name.startswith("head.") and new_head:
@@ -1078,7 +1080,8 @@ def percent(accuracies, classes):
 
 
 class Progress:
-    """Prints every ten seconds, and at an epoch's end, where a run is and how long it will take."""
+    """Prints every ten seconds, and at an epoch's end, where a run is and how long it will take.
+    `steps`: updates in an epoch. `test_images`: their number."""
     def __init__(self, recipe, steps, first_epoch, test_images):
         self.recipe, self.steps, self.first_epoch = recipe, steps, first_epoch
         # The cost of an epoch and its test, in training images. A test image costs about a third
@@ -1112,7 +1115,8 @@ class Progress:
 def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
     """Trains to the end of the recipe, and saves after each epoch. `resumed`: the checkpoint to
     go on from, or None; `compiles`: whether to use torch.compile. Returns a dict for each epoch.
-    In other processes than 0, print does nothing. Raises: InputError if the loss is not finite."""
+    Only process 0 prints, as start_machine has seen to. Raises: InputError if the loss is not
+    finite."""
     from torchvision.transforms import v2
     device, size, history = machine.device, model.config.image_size, []
     optimizers = make_optimizers(model, recipe.optimizer, recipe.weight_decay)
@@ -1345,7 +1349,7 @@ def run_training(args, given, machine):
            f"{recipe.micro_batch} in each of {machine.world} processes")
     model.to(machine.device)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # as its gradient: DistributedDataParallel compares
+        if isinstance(module, nn.Conv2d):  # its gradient has this layout, and so should it
             module.to(memory_format=torch.channels_last)
     folder = args.out
     if machine.rank == 0 and not resumed:  # the others write nothing

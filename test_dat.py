@@ -1589,7 +1589,8 @@ def test_a_run_of_another_version_is_not_resumed(trained):
 
 @pytest.mark.parametrize("classes, count, kept", [
     (dat.SHAPES, 8, True), (tuple("abcdefgh"), 8, False), (tuple("abcdefghij"), 10, False),
-    (None, 10, False)], ids=["same names", "other names", "other number", "state dict"])
+    (None, 10, False), (list(dat.SHAPES), 8, True)],
+    ids=["same names", "other names", "other number", "state dict", "a list, as in older files"])
 def test_the_names_of_classes_decide_about_the_head(trained, classes, count, kept):
     """Red if a head of other classes is kept, a fitting one is lost, or it is not told."""
     content = trained | {"classes": classes, "config": trained["config"] | {"classes": count}}
