@@ -23,10 +23,12 @@ Symbols. Modules pass maps as (B, H, W, C):
     r stride: Hk = ceil(H / r)   s offset range   k kernel of the offset network   w window side
     Coordinates are (y, x) in pixels (px) of the map: 0 is the centre of the first pixel.
 
-Departures from the paper (P) and from its authors' code, "the release", commit 566a593 (R):
+Departures of this file from the paper (P) and from its authors' code, "the release", commit
+566a593 (R):
 
-    [D1] R: the outer reference points stand on the outer pixels, as in the paper. In the release,
-         and so for published weights, they stand further inside: geometry="release".
+    [D1] R: the outer reference points stand on the outer pixels, as in the paper. In the release
+         they stand further inside, and so do the queries: geometry="release", which published
+         weights need.
     [D2] P, R: any image size. Maps are padded with zeros to whole patches and windows. Attention
          in windows masks these zeros. Position tables are resized.
     [D3] P: windows are shifted by ceil(w / 2), as in the release (Swin: floor).
@@ -93,7 +95,7 @@ def check(**values):
             fits, expected = isinstance(value, Integral) and value >= 1, "a whole number above 0"
         expect(fits, f"{name}={value!r}: expected {expected}")
     for whole, part in (("dim", "heads"), ("heads", "groups")):
-        if part in values:
+        if whole in values and part in values:
             expect(values[whole] % values[part] == 0,
                    f"{whole}={values[whole]} is not divisible by {part}={values[part]}")
     expect(values.get("kernel", 1) % 2 == 1, f"kernel={values.get('kernel')}: expected an odd one")
@@ -115,15 +117,15 @@ def ceil_div(a, b):
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(d) + bias) v. Paper: Eq. 2, with the bias of Eq. 9.
     Shape: q (B, M, N, d), k and v (B, M, K, d), bias (B or 1, M, N, K) -> (B, M, N, d).
-    Windows give q (B, rows, columns, M, N, d), and k, v and bias alike."""
+    For windows rows and columns follow the first axis of each: q (B, rows, columns, M, N, d)."""
     bias = bias.to(q.dtype)
     if q.is_cpu:  # the formula is faster there than PyTorch's kernels
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
         scores += bias
         return scores.softmax(dim=-1) @ v
     shape = q.shape
-    # For PyTorch's kernels (B, rows, columns, M, N, d) becomes (B, rows columns M, N, d). Four axes
-    # stay as they are.
+    # PyTorch's kernels want four axes: rows, columns and M become one. Without windows nothing
+    # changes.
     q, k, v, bias = (x.flatten(1, -3) for x in (q, k, v, bias))
     # cuDNN's kernel is left out: it has bugs with a bias.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
@@ -153,8 +155,8 @@ def resize(table, size):
 
 # ======== 2. coordinates and sampling (Sec. 3.2, Eq. 8)
 def reference_coordinates(count, length, geometry, like):
-    """Where `count` reference points stand on an axis of `length` px. With count = length, also
-    where the queries stand. Paper: Sec. 3.2. Shape: (count,), of the type and device of `like`.
+    """Where `count` reference points, or `length` queries, stand on an axis of `length` px.
+    Paper: Sec. 3.2. Shape: (count,), of the type and device of `like`.
     "paper": evenly from the first pixel's centre to the last's; a single point in the middle.
     "release": the middles of `count` equal parts of the line between those centres [D1]."""
     i = torch.arange(count, dtype=like.dtype, device=like.device)
@@ -165,9 +167,9 @@ def reference_coordinates(count, length, geometry, like):
 
 def largest_offset(count, length, offset_range, geometry):
     """How far, in px, one of `count` points may move along an axis of `length` px. The paper gives
-    no unit of s. Here the bound is s / 2 times length / count: as that is about r, s = 2 allows r
-    px. The release has s / count on an axis that goes from -1 at the first pixel's centre to 1 at
-    the last's, so length - 1 stands for length [D1]."""
+    no unit of s. The release allows s / count on an axis from -1 to 1, from the first pixel's
+    centre to the last's: (length - 1) / 2 px for each unit [D1]. Here a unit is length / 2 px, so
+    that with s = 2 a point may move by length / count, about r px."""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -180,8 +182,8 @@ def bilinear_sample(maps, points):
 
 
 def sample_at(maps, y, x):
-    """bilinear_sample with y and x apart, of shapes that broadcast to (B, ..). If both are small,
-    this is faster than with all points."""
+    """bilinear_sample with y and x apart, of shapes that broadcast to (B, ..). This is faster where
+    they have axes of 1."""
     B, C, H, W = maps.shape
     # grid_sample takes (x, y). With align_corners=False, -1 and 1 are the outer edges of the map,
     # half a pixel beyond 0 and H - 1. (With True they are 0 and H - 1, which fails if H = 1.)
@@ -267,8 +269,8 @@ class DeformableAttention(nn.Module):
         table = resize(self.table.to(points.dtype), (2 * H - 1, 2 * W - 1))
         table = table.expand(B, -1, -1, -1)  # (B, M, 2 H - 1, 2 W - 1)
         table = table.unflatten(1, (G, -1)).flatten(0, 1)  # (B G, M / G, 2 H - 1, 2 W - 1)
-        query_y = reference_coordinates(H, H, self.geometry, like=points)  # "paper": 0 .. H - 1
-        query_x = reference_coordinates(W, W, self.geometry, like=points)
+        query_y = reference_coordinates(H, H, self.geometry, like=points)  # (H,)
+        query_x = reference_coordinates(W, W, self.geometry, like=points)  # (W,)
         key_y, key_x = points.view(B * G, 1, 1, Hk * Wk, 2).unbind(-1)  # (B G, 1, 1, K) each
         row = query_y.view(H, 1, 1) - key_y + H - 1  # R along y: (B G, H, 1, K)
         column = query_x.view(W, 1) - key_x + W - 1  # R along x: (B G, 1, W, K)
@@ -308,7 +310,7 @@ class DeformableAttention(nn.Module):
 
 # ======== 4. window attention (Sec. 3.3, from Swin)
 def pad_to_multiple(x, side):
-    """(B, H, W, C) with zeros at bottom and right, up to multiples of `side` [D2]."""
+    """(B, H, W, C), padded with zeros at bottom and right to multiples of `side` [D2]."""
     bottom, right = -x.shape[1] % side, -x.shape[2] % side
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
@@ -320,7 +322,7 @@ class WindowAttention(nn.Module):
     def __init__(self, *, dim, heads, window, shift=0):
         super().__init__()
         check(dim=dim, heads=heads, window=window)
-        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # w = 1: ceil(1 / 2) [D3]
+        expect(isinstance(shift, Integral) and 0 <= shift <= window,  # w = 1 has shift 1 [D3]
                f"shift={shift!r}: expected a whole number from 0 to window={window}")
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -328,7 +330,7 @@ class WindowAttention(nn.Module):
         self.table = position_table(heads, 2 * window - 1, 2 * window - 1)
 
     def cut(self, x):
-        """The windows of a map that is filled up [D2] and rolled up and left by `shift` [D3].
+        """The windows of a map that is padded [D2] and rolled up and left by `shift` [D3].
         Shape: (B, H, W, C) -> (B, rows, w, columns, w, C)."""
         x = pad_to_multiple(x, self.window)
         if self.shift:
@@ -344,7 +346,7 @@ class WindowAttention(nn.Module):
         rolled_y = torch.arange(H, device=device) < self.shift
         rolled_x = torch.arange(W, device=device) < self.shift
         region = 1 + 2 * rolled_y[:, None] + rolled_x  # (H, W), from 1 to 4
-        region = self.cut(region[None, :, :, None])  # (1, rows, w, columns, w, 1): fills up, rolls
+        region = self.cut(region[None, :, :, None])  # (1, rows, w, columns, w, 1): pads, rolls
         return region.squeeze((0, 5)).transpose(1, 2).flatten(2)
 
     def bias(self, H, W):
@@ -584,7 +586,9 @@ def build(variant, **overrides):
 
 
 # ======== 6. the authors' weights
-RELEASE_NAMES = {  # parts of the release's names, as regular expressions: what we write instead
+# Parts of the release's names, as regular expressions, and what stands for them here:
+# stages.2.attns.1.proj_q.weight is stages.2.blocks.1.attention.q.weight.
+RELEASE_NAMES = {
     r"^patch_proj\.0": "stem.conv",
     r"^patch_proj\.1\.norm": "stem.norm",
     r"\.mlps\.(\d+)\.chunk\.linear1": r".blocks.\1.mlp.expand",
@@ -600,7 +604,7 @@ RELEASE_NAMES = {  # parts of the release's names, as regular expressions: what 
 
 def our_name(name):
     """The name here of a parameter of the release; our own names stay as they are."""
-    match name.split("."):
+    match name.split("."):  # first the names whose numbers change
         case ["down_projs", i, *_, kind]:  # down_projs.0 is between the stages 0 and 1
             layer = "norm" if "norm" in name else "conv"
             name = f"stages.{int(i) + 1}.down.{layer}.{kind}"
@@ -864,10 +868,10 @@ def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
 
 def learning_rate(update, *, updates, peak, warmup, floor):
     """The rate of `update` 0, 1, .. of `updates`: it rises from peak * floor / 10 to the peak in
-    the share `warmup` of the updates, or more of them in a short run, then falls to peak * floor
-    along half a cosine [D8]."""
+    the share `warmup` of the updates, but in at least 50, or a quarter of all if that is less. Then
+    it falls to peak * floor along half a cosine [D8]."""
     warm = int(updates * warmup)
-    if warmup > 0:  # at least 50 updates, or a quarter of all
+    if warmup > 0:
         warm = max(warm, min(50, updates // 4))
     if update < warm:
         return peak * (floor / 10 + (1 - floor / 10) * update / warm)
@@ -903,7 +907,8 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[matrix]
                 if not state:
                     state["mean"] = torch.zeros_like(matrix)  # of the gradients
-                # mean <- momentum mean + (1 - momentum) gradient; Nesterov: once more for the step
+                # m <- momentum m + (1 - momentum) gradient. For the step, Nesterov's momentum adds
+                # the gradient to m a second time, in the same way.
                 mean = state["mean"].lerp_(matrix.grad, 1 - momentum)
                 step = orthogonalise(matrix.grad.lerp(mean, momentum))
                 step *= 0.2 * math.sqrt(max(matrix.shape))  # entries as large as in AdamW's steps
@@ -1070,7 +1075,7 @@ def evaluate(model, loader, dtype, machine):
             print(f"tested {(i + 1) / len(loader):.0%} of the images", flush=True)
     if machine.world > 1:
         dist.all_reduce(correct)
-    top1, top5 = correct.tolist()
+    top1, top5 = correct.tolist()  # of all images, as len(loader.dataset) is, not of this share
     return {"top1": top1 / len(loader.dataset), "top5": top5 / len(loader.dataset)}
 
 
@@ -1115,8 +1120,7 @@ class Progress:
 def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
     """Trains to the end of the recipe, and saves after each epoch. `resumed`: the checkpoint to
     go on from, or None; `compiles`: whether to use torch.compile. Returns a dict for each epoch.
-    Only process 0 prints, as start_machine has seen to. Raises: InputError if the loss is not
-    finite."""
+    Only process 0 prints (see start_machine). Raises: InputError if the loss is not finite."""
     from torchvision.transforms import v2
     device, size, history = machine.device, model.config.image_size, []
     optimizers = make_optimizers(model, recipe.optimizer, recipe.weight_decay)
@@ -1238,9 +1242,10 @@ def start_machine(args):
 
 
 def load_data(machine, name, root, split):
-    """load_dataset in all processes, first in process 0, which downloads what is missing."""
+    """load_dataset in all processes, first in process 0, which downloads what is missing. Each
+    process calls barrier once: process 0 after it has loaded, the others before."""
     if machine.rank > 0:
-        dist.barrier()  # ends when process 0 comes to its barrier below
+        dist.barrier()
     try:
         return load_dataset(name, root, split)
     finally:  # also after an error: the others shall not wait for ever
@@ -1273,7 +1278,7 @@ def run_evaluation(args, given, machine):
 
 
 def new_folder(out, data):
-    """`out`, which is empty or does not exist, or the first runs/<data>-<n> that does not exist.
+    """`out`, which is new or empty (see read_flags), or the first runs/<data>-<n> that is new.
     mkdir fails where another run, started at the same time, was faster."""
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -1349,7 +1354,7 @@ def run_training(args, given, machine):
            f"{recipe.micro_batch} in each of {machine.world} processes")
     model.to(machine.device)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # its gradient has this layout, and so should it
+        if isinstance(module, nn.Conv2d):  # gradients come in this layout; DDP wants both alike
             module.to(memory_format=torch.channels_last)
     folder = args.out
     if machine.rank == 0 and not resumed:  # the others write nothing

@@ -1485,6 +1485,13 @@ def test_resuming_something_else_is_refused_by_name(trained, monkeypatch, flags,
     assert_input_error(f"--train shapes --out o --resume {flags}", "o/last.pt", words)
 
 
+def test_resuming_with_other_classes_is_refused(trained, monkeypatch):
+    """Red if a folder whose classes have changed trains the head of others."""
+    names = tuple(reversed(dat.SHAPES))
+    monkeypatch.setattr(dat, "SHAPES", names)
+    assert_input_error("--train shapes --out o --resume", "o is for other classes")
+
+
 @pytest.mark.parametrize("action", [
     lambda loss: loss * math.nan, lambda loss: loss + (0 * loss).sqrt()], ids=["loss", "gradient"])
 def test_a_value_that_is_not_finite_stops_the_run(tiny, monkeypatch, action):
@@ -1522,6 +1529,16 @@ def test_float16_saves_its_loss_scale(monkeypatch):
     assert {int(state["step"]) for state in before["optimizers"][0]["state"].values()} == {1}
     succeed("--train shapes --device cpu --resume --out o")
     assert_same_run("whole", "o")
+
+
+def test_gradients_are_clipped_at_their_own_scale(monkeypatch):
+    """Red if the loss scale of float16 is still in the gradients when they are clipped."""
+    shrink(monkeypatch, train=4, test=2)
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: norms.append(clip(*a)))
+    for dtype in ("float32", "float16"):
+        succeed(f"--train shapes --device cpu --dtype {dtype} --batch-size 4 --epochs 1")
+    assert float(norms[1]) == pytest.approx(float(norms[0]), rel=0.05)
 
 
 class Payload:
