@@ -166,10 +166,10 @@ def reference_coordinates(count, length, geometry, like):
 
 
 def largest_offset(count, length, offset_range, geometry):
-    """How far, in px, one of `count` points may move along an axis of `length` px. The paper gives
-    no unit of s. The release allows s / count on an axis from -1 to 1, from the first pixel's
-    centre to the last's: (length - 1) / 2 px for each unit [D1]. Here a unit is length / 2 px, so
-    that with s = 2 a point may move by length / count, about r px."""
+    """How far, in px, one of `count` points may move along an axis of `length` px:
+    "paper": s / 2 * length / count. The paper gives no unit of s; so s = 2 allows about r px.
+    "release": s / 2 * (length - 1) / count. There the bound is s / count on an axis from -1 to 1,
+    which goes from the first pixel's centre to the last's [D1]."""
     length = length if geometry == "paper" else length - 1
     return offset_range / 2 * length / count
 
@@ -965,9 +965,10 @@ def save(folder, model, optimizers, scaler, recipe, history, classes):
 
 def load_checkpoint(path):
     """A dict with "model" (the weights, by our names), "geometry", "config", "classes", "recipe".
-    From last.pt, it also has what a run needs to go on. From a state dict, or an authors' file,
-    which has one under "model" beside settings of theirs, "config" and "classes" are None and
-    "recipe" is empty. Raises: InputError."""
+    last.pt has all of these, and what a run needs to go on.
+    A state dict has weights alone: "config" and "classes" are None, "recipe" is empty.
+    An authors' file has a state dict under "model", and a "config" of theirs that is not used.
+    Raises: InputError."""
     expect(Path(path).exists(), f"{path} does not exist: expected a file of weights")
     try:  # settings in the authors' files, of the class CfgNode, are read as an OrderedDict
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
@@ -1117,9 +1118,9 @@ class Progress:
         self.start_new_line()
 
 
-def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, compiles):
+def train(model, train_images, test_images, classes, recipe, machine, folder, resumed, use_compile):
     """Trains to the end of the recipe, and saves after each epoch. `resumed`: the checkpoint to
-    go on from, or None; `compiles`: whether to use torch.compile. Returns a dict for each epoch.
+    go on from, or None; `use_compile`: whether to use torch.compile. Returns a dict for each epoch.
     Only process 0 prints (see start_machine). Raises: InputError if the loss is not finite."""
     from torchvision.transforms import v2
     device, size, history = machine.device, model.config.image_size, []
@@ -1130,7 +1131,7 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
             optimizer.load_state_dict(state)
         scaler.load_state_dict(resumed["scaler"])
         history = resumed["history"]
-    network = torch.compile(model, fullgraph=True) if compiles else model  # what the loop calls
+    network = torch.compile(model, fullgraph=True) if use_compile else model  # what the loop calls
     if machine.world > 1:
         network = nn.parallel.DistributedDataParallel(network)
     samples = Samples(train_images, transform_for(recipe.data, size, recipe.augment), recipe.seed)
@@ -1142,7 +1143,7 @@ def train(model, train_images, test_images, classes, recipe, machine, folder, re
                            v2.CutMix(alpha=1.0, num_classes=len(classes))])
     steps = len(train_images) // recipe.batch_size  # updates an epoch
     updates = recipe.epochs * steps
-    accumulate = recipe.batch_size // (recipe.micro_batch * machine.world)  # micro-batches
+    accumulate = recipe.batch_size // (recipe.micro_batch * machine.world)  # of an update
     progress = Progress(recipe, steps, len(history), len(test_images))
 
     for epoch in range(len(history), recipe.epochs):
