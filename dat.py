@@ -771,12 +771,12 @@ def normalise(image, mean, std):  # five times as fast as v2.ToDtype and v2.Norm
 
 def transform_for(data, size, augment):
     """Makes the network's input (3, size, size) from what load_dataset gives: a path (imagenet), or
-    an image of that size. `augment`: "none" for tests, "light" crops and flips, or "strong"."""
+    an image of that size. `augment`: "none" for tests, "flip", "light" (with crops), "strong"."""
     from torchvision.transforms import InterpolationMode, v2
     bicubic = InterpolationMode.BICUBIC
     side = size * 256 // 224  # 256 for 224, 438 for 384
     if data != "imagenet":
-        steps = [] if augment == "none" else [v2.RandomCrop(size, padding=4)]
+        steps = [v2.RandomCrop(size, padding=4)] if augment in ("light", "strong") else []
     elif augment == "none":  # as in the release, it does not keep proportions
         steps = [read_image, v2.Resize((side, side), bicubic), v2.CenterCrop(size)]
     else:
@@ -855,8 +855,11 @@ def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
         recipe = {"epochs": 300, "batch_size": 1024, "lr": 1e-3}
     if data == "imagenet" and "batch_size" in given:  # the rate grows with the batch
         recipe["lr"] *= given["batch_size"] / recipe["batch_size"]
-    if data != "imagenet" and given.get("epochs", recipe["epochs"]) < 100:
-        recipe |= {"augment": "light", "mixed": 0.0}  # too short for more (lab/RESULTS.md)
+    epochs = given.get("epochs", recipe["epochs"])
+    if data != "imagenet" and epochs < 100:  # too short for stronger ones (lab/RESULTS.md)
+        recipe |= {"augment": "light", "mixed": 0.0}
+    if data in ("cifar10", "cifar100") and epochs < 10:
+        recipe["augment"] = "flip"
     recipe |= given
     if "micro_batch" not in recipe:  # the largest that fits memory and splits the batch evenly
         largest = 128 if data == "imagenet" else 1024

@@ -1057,6 +1057,16 @@ def test_small_images_are_moved_by_up_to_4_px_and_flipped():
     assert 150 < counts[:, :, 1].sum() < 250
 
 
+def test_flips_alone_leave_images_in_their_place():
+    """Red if "flip" crops, or does not flip half of the images."""
+    image = dat.make_shapes(1, seed=1)[0][0]
+    samples = dat.Samples([(image, 0)] * 100, dat.transform_for("cifar10", 32, "flip"))
+    plain = (image / 255 - 0.5) / 0.25
+    flipped = [torch.allclose(samples[i][0], plain.flip(2)) for i in range(100)]
+    assert 30 < sum(flipped) < 70
+    assert all(flip or torch.allclose(samples[i][0], plain) for i, flip in enumerate(flipped))
+
+
 def test_photos_are_cropped_at_many_scales_and_flipped():
     """Red if the area is not 8% to all of the image, or the sides are not 3:4 to 4:3."""
     row, column = np.mgrid[0:200, 0:200].astype(np.uint8)
@@ -1113,7 +1123,10 @@ AUTHORS = LONG | {"batch_size": 1024, "micro_batch": 128, "lr": 1e-3, "warmup": 
      AUTHORS | dict(epochs=30, batch_size=64, micro_batch=64, lr=1.25e-4)),
     ("shapes", "cifar-nano", {}, {},
      SHORT | dict(epochs=3, batch_size=64, lr=3e-3, warmup=0.25, micro_batch=64)),
-    ("cifar10", "cifar-nano", {}, {}, SHORT | dict(epochs=5, batch_size=128, lr=2e-3, warmup=0.05)),
+    ("cifar10", "cifar-nano", {}, {},
+     SHORT | dict(epochs=5, batch_size=128, lr=2e-3, warmup=0.05, augment="flip")),
+    ("cifar100", "cifar-nano", {"epochs": 9}, {}, {"augment": "flip"}),
+    ("cifar10", "cifar-nano", {"epochs": 10}, {}, {"augment": "light"}),
     ("cifar100", "cifar", {}, {}, LONG | dict(batch_size=256, lr=1e-3, warmup=0.05)),
     ("shapes", "cifar", {"epochs": 99}, {}, {"augment": "light", "mixed": 0}),
     ("shapes", "cifar", {"epochs": 100}, {}, {"augment": "strong", "mixed": 0.9}),
