@@ -856,8 +856,9 @@ def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
     if data == "imagenet" and "batch_size" in given:  # the rate grows with the batch
         recipe["lr"] *= given["batch_size"] / recipe["batch_size"]
     epochs = given.get("epochs", recipe["epochs"])
-    if data != "imagenet" and epochs < 100:  # too short for stronger ones (lab/RESULTS.md)
-        recipe |= {"augment": "light", "mixed": 0.0}
+    if data != "imagenet":  # stronger augmentation and mixing hurt short runs (lab/RESULTS.md)
+        recipe |= {"augment": "strong" if epochs >= 60 else "light",
+                   "mixed": 0.9 if epochs >= 100 else 0.0}
     if data in ("cifar10", "cifar100") and epochs < 10:
         recipe["augment"] = "flip"
     recipe |= given
@@ -1319,9 +1320,13 @@ def load_run(folder, given):
     expect(path.exists(),
            f"--out {folder}: nothing is saved yet, no epoch had ended; start a new run")
     checkpoint = load_checkpoint(path)
-    expect("optimizers" in checkpoint, f"{path} is no run of this version of dat.py: to start from "
-                                       "its weights, use --checkpoint")
-    recipe = Recipe(**checkpoint["recipe"])
+    try:
+        recipe = Recipe(**checkpoint["recipe"])
+        whole = {"optimizers", "scaler", "history"} <= checkpoint.keys()
+    except TypeError:
+        whole = False
+    expect(whole, f"{path} is no run of this version of dat.py: to start from its weights, use "
+                  "--checkpoint")
     for name, value in given.items():
         flag = "--train" if name == "data" else f"--{name.replace('_', '-')}"
         expect(value == getattr(recipe, name),
