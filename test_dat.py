@@ -14,9 +14,11 @@ both sides round differently, at about 1e-13. Where there is a GPU, DEVICES hold
     [D5] test_gradients_*, test_network_*    [D6] test_map_pixel_*    [D7] test_initial_*
     [D8] test_learning_rate_*, in the half on training
 """
+import base64
 import importlib
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -54,7 +56,7 @@ from torchvision.transforms import v2
 import dat
 import reference_numpy as loops
 from dat import DAT, DATConfig, DeformableAttention, Recipe, StageConfig, WindowAttention
-from lab import bench, choose, cost, detect, draw, study
+from lab import bench, choose, cost, detect, draw, explore, study, transfer
 
 settings.register_profile("dat", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("dat")
@@ -1772,6 +1774,60 @@ def test_pictures_are_drawn(trained, monkeypatch, flags, file):
     assert Image.open("a.png").size > (500, 200)
 
 
+def page_data(html):
+    return json.loads(re.search(r'id="data">(.*?)</script>', html).group(1))
+
+
+@pytest.mark.parametrize("position", ["relative", "fixed"])
+def test_the_page_to_touch_holds_the_models_numbers(position):
+    """Red if a point, a query, a weight or a bias of the page is another, or x stands for y."""
+    stage = StageConfig(dim=8, heads=4, blocks="DD", groups=2, kernel=3, stride=2)
+    config = DATConfig(stages=(stage,), image_size=(8, 10), patch=2, position=position)
+    model, image = randomise(DAT(config)), dat.make_shapes(1, seed=1, side=16)[0][0][:, :8, :10]
+    views = draw.inspect(model, image[None].double() / 255)
+    html = explore.page(image, views, "a</script>", "x/tutorial.md")
+    assert html.count("</script>") == 2
+    data = page_data(html)
+    assert (data["title"], data["tutorial"]) == ("a</script>", "x/tutorial.md")
+    picture = base64.b64decode(data["image"].removeprefix("data:image/png;base64,"))
+    assert np.array_equal(Image.open(io.BytesIO(picture)), image.permute(1, 2, 0))
+    for block, view in zip(data["blocks"], views, strict=True):
+        module, z = view.attention, view.map
+        points = module.points(module.q(z))
+        close(block["points"], points[0].flatten(1, 2), 1e-5)
+        close(block["queries"], [(y, x) for y in range(4) for x in range(5)], 1e-5)
+        close(block["reference"], [(y, x) for y in (0, 3) for x in (0, 2, 4)], 1e-5)
+        weights = np.frombuffer(base64.b64decode(block["attention"]), "<u2").reshape(4, 20, 6)
+        close(weights / 65535, view.weights[0], 1e-5)
+        assert (block["cell"], block["first"]) == (2, 0.5)
+        # Equation 8 by the page's numbers, for the channel of each group that it shows.
+        sampled = module.sample(z, points)[0].T  # (C, K)
+        for g, (channel, values) in enumerate(zip(block["channels"], block["maps"], strict=True)):
+            assert channel // 4 == g
+            sums = [loops.bilinear(np.array(values)[..., None], *yx)[0] for yx in block["points"][g]]
+            close(sums, sampled[channel], 1e-4)
+        if position == "relative":  # equation 9: the table, read at R + (H - 1, W - 1)
+            table, R = np.array(block["tables"]), np.array(block["queries"])[:, None]
+            for head in range(4):
+                read = (R - np.array(block["points"][head // 2]) + [3, 4]).reshape(-1, 2)
+                bias = [loops.bilinear(table[head][..., None], *yx)[0] for yx in read]
+                close(bias, module.position_bias(points, (4, 5))[0, head].flatten(), 1e-4)
+        else:
+            assert block["tables"] is None
+
+
+def test_a_page_to_touch_is_one_file(trained, monkeypatch):
+    """Red if the page needs the network, another file, or is of another image."""
+    out = run_lab(monkeypatch, "explore", "shapes:7 --checkpoint o/last.pt --out a.html")
+    html = Path("a.html").read_text(encoding="utf-8")
+    assert "a.html" in out and page_data(html)["title"].startswith("shapes:7, which")
+    assert Path(page_data(html)["tutorial"]).resolve() == HERE / "tutorial.md"
+    assert not re.search(r"https?:|src=|<link|@import|url\(|fetch", html)
+    headings = re.findall(r"^## (.+)$", (HERE / "tutorial.md").read_text(), re.MULTILINE)
+    anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert set(re.findall(r'data-section="(.+?)"', html)) <= set(anchors)
+
+
 def test_a_phones_picture_is_drawn_upright():
     """Red if the orientation is ignored: a viewer shows the picture turned."""
     pixels, exif = np.zeros((4, 8, 3), dtype=np.uint8), Image.Exif()
@@ -1785,6 +1841,8 @@ def test_a_phones_picture_is_drawn_upright():
 @pytest.mark.parametrize("name, flags, word", [
     ("draw", "shapes:17 --checkpoint o/last.pt", "shapes:17"),
     ("draw", "no.png --checkpoint o/last.pt", "no.png"),
+    ("explore", "no.png --checkpoint o/last.pt", "no.png"),
+    ("explore", "shapes:1 --checkpoint o/last.pt --out no/where.html", "no/where.html"),
     ("bench", "--release no/where --device cpu", "no/where")])
 def test_mistakes_in_lab_are_one_line(trained, monkeypatch, capsys, name, flags, word):
     """Red if what is not there ends in a traceback."""
@@ -1908,6 +1966,47 @@ def test_settings_are_chosen_on_images_held_out(tiny, monkeypatch):
         assert [int(image) for image, _ in held] == [*expected] and source == "train"
 
 
+@pytest.mark.parametrize("flags", ["", "--scratch", "--choose -- --lr 1e-3"])
+def test_own_classes_start_from_a_trained_model(tiny, monkeypatch, flags):
+    """Red if lab/transfer.py tests on images that it trains on, mixes up the classes, or does not
+    start from the trained model (with --scratch: does)."""
+    greys = {"train": torch.arange(120), "test": torch.arange(200, 240)}  # image i is of class i % 10
+    def load(name, root, split):
+        if name != "cifar10":
+            return load_dataset(name, root, split)
+        pixels = greys[split].to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 32, 32)
+        return TensorDataset(pixels, greys[split] % 10), tuple("abcdefghij")
+    load_dataset, recipe_for, train, runs = dat.load_dataset, dat.recipe_for, dat.train, []
+    def recipe(*args, **options):
+        return replace(recipe_for(*args, **options), epochs=1, batch_size=5, micro_batch=5)
+    def record(model, train_images, test_images, *rest):
+        both = [*train_images], [*test_images]
+        if not runs:  # the run of the first five classes
+            seen = [[int(label) for _, label in images] for images in both]
+        else:
+            seen = [[int(np.unique(Image.open(path)).item()) for path, _ in images] for images in both]
+            assert all("fghij"[label] == Path(path).parent.name for path, label in sum(both, []))
+        runs.append((seen, model.stages[0].blocks[0].mlp["expand"].weight.detach().clone()))
+        return train(model, train_images, test_images, *rest)
+    for name, value in (("load_dataset", load), ("recipe_for", recipe)):
+        monkeypatch.setattr(dat, name, value)
+        monkeypatch.setattr(transfer, name, value)
+    monkeypatch.setattr(dat, "train", record)
+    out = run_lab(monkeypatch, "transfer", "--data no --images 10 --seeds 2 --pretrained p/last.pt "
+                  + flags, HELD_OUT=20, TEST_COUNT=5)
+    assert "10 images, 2 seeds: " in out and "into p/" in out
+    (first, _), *others = runs
+    assert {int(label) for labels in first for label in labels} == {0, 1, 2, 3, 4}
+    weights = torch.load("p/last.pt")["model"]["stages.0.blocks.0.mlp.expand.weight"]
+    for (train_greys, test_greys), start in others:
+        assert sorted(grey % 10 for grey in train_greys) == sorted([5, 6, 7, 8, 9] * 2)
+        assert len({*train_greys}) == 10 and max(train_greys) < 100
+        assert sorted(grey % 10 for grey in test_greys) == [5, 6, 7, 8, 9]
+        assert all((100 <= grey < 120) if "--choose" in flags else grey >= 200 for grey in test_greys)
+        assert torch.equal(start, weights) == (flags != "--scratch")
+    assert others[0][0][0] != others[1][0][0] and others[0][0][1] == others[1][0][1]
+
+
 # ======== pages
 
 
@@ -1933,7 +2032,7 @@ def test_every_printed_command_runs(folder, monkeypatch):
     assert len(commands) > 15
     for command in commands:
         script, flags = re.search(r"(\w+)\.py ?(.*)", command.replace("DIR", "images")).groups()
-        if script in ("bench", "study", "detect", "optimizers"):
+        if script in ("bench", "study", "detect", "optimizers", "transfer"):
             code = (HERE / f"lab/{script}.py").read_text() + (HERE / "lab/command.py").read_text()
             for flag in re.findall(r"--[\w-]+", flags):
                 assert f'"{flag}"' in code, command

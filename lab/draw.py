@@ -36,12 +36,13 @@ def inspect(model: dat.DAT, images: Tensor) -> list[SimpleNamespace]:
     """What the deformable blocks look at, one namespace per D block, in order.
     reference (Hk, Wk, 2): the uniform grid;  points (B, G, Hk, Wk, 2): where keys are read;
     queries (N, 2): where the queries stand;  weights (B, M, N, K): the attention, Eq. 9;
-    importance (B, G, K): the attention a key receives, summed over its group's heads and queries.
-    Units: coordinates are (y, x) in px of the image."""
+    importance (B, G, K): the attention a key receives, summed over its group's heads and queries;
+    map (B, H, W, C): what is read there;  cell, first: map px y is image px first + cell * y;
+    attention: the module.  Units: points and queries are (y, x) in px of the image."""
     x, views, config = model.embed(images), [], model.config
     for i, stage in enumerate(model.stages):
-        x, cell = stage.down(x), config.patch * 2 ** i  # px of the image per map px
-        first = (cell - 1) / 2 if config.stem == "patch" else 0  # px of a map's first pixel
+        x, cell = stage.down(x), config.patch * 2 ** i
+        first = (cell - 1) / 2 if config.stem == "patch" else 0
         for block in stage.blocks:
             attention, z = block.attention, block.norm1(x)
             x = block(x)
@@ -62,6 +63,7 @@ def inspect(model: dat.DAT, images: Tensor) -> list[SimpleNamespace]:
             views.append(SimpleNamespace(
                 reference=reference.view(points.shape[2:]), points=first + cell * points,
                 queries=queries, weights=weights,
+                map=z, cell=cell, first=first, attention=attention,
                 importance=weights.unflatten(1, (attention.groups, -1)).sum(dim=(2, 3))))
     return views
 
@@ -170,17 +172,19 @@ def point(text: str) -> tuple[float, float]:
     return y, x
 
 
-def main(parser):
+def add_image(parser):
+    """The flags that say which image a model shall look at."""
     add = parser.add_argument
     add("image", metavar="IMAGE")
     add("--checkpoint", required=True, metavar="FILE")
     add("--model", choices=dat.VARIANTS, default="dat-t",
         help="of a file that holds weights alone; default: dat-t")
-    add("--query", nargs="+", type=point, default=[], metavar="Y,X", help="in px of the image")
-    add("--all", action="store_true", help="a row for every deformable block")
     add("--data", metavar="DIR", default="data", help="of CIFAR")
-    add("--out", default="points.png", metavar="PNG")
-    args = parser.parse_args()
+
+
+def look(args) -> tuple[Tensor, list[SimpleNamespace], str]:
+    """The image (3, H, W) uint8 of these flags, what its model looks at, and a title with the
+    model's answer. Raises: dat.InputError."""
     model, classes, statistics = load_model(args.checkpoint, args.model)
     image = load_image(args.image, args.data, model.config.image_size)
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in statistics)
@@ -188,12 +192,22 @@ def main(parser):
     views = inspect(model, images)
     if not views:
         raise dat.InputError(f"{args.checkpoint} has no deformable block, so no points to draw")
-    last = {view.reference.shape: view for view in views}  # of each resolution
-    chosen = [view for shape, view in last.items() if min(shape[:2]) > 2][-2:] or views[-1:]
     with torch.no_grad():
         share, best = model(images)[0].softmax(dim=0).max(dim=0)
     name = classes[best] if classes else f"class {best}"
-    text = f"{args.image}, which the model takes for {name} ({share:.0%})"
+    return image, views, f"{args.image}, which the model takes for {name} ({share:.0%})"
+
+
+def main(parser):
+    add_image(parser)
+    add = parser.add_argument
+    add("--query", nargs="+", type=point, default=[], metavar="Y,X", help="in px of the image")
+    add("--all", action="store_true", help="a row for every deformable block")
+    add("--out", default="points.png", metavar="PNG")
+    args = parser.parse_args()
+    image, views, text = look(args)
+    last = {view.reference.shape: view for view in views}  # of each resolution
+    chosen = [view for shape, view in last.items() if min(shape[:2]) > 2][-2:] or views[-1:]
     dat.write_atomically(args.out, draw(image, views if args.all else chosen, text, args.query))
     print(f"{text}: see {args.out}")
 
