@@ -843,8 +843,8 @@ def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
         recipe = {"epochs": 300, "batch_size": 256, "lr": 1e-3, "warmup": 0.05}
     elif data != "imagenet":
         recipe = {"epochs": 5, "batch_size": 128, "lr": 2e-3, "warmup": 0.05, "optimizer": "muon"}
-    elif fine_tuning and new_head:
-        recipe = {"epochs": 30, "batch_size": 64, "lr": 1.25e-4}
+    elif new_head:  # for hundreds or thousands of images (lab/RESULTS.md)
+        recipe = {"epochs": 30, "batch_size": 16, "lr": 5e-4, "augment": "light", "mixed": 0.0}
     elif fine_tuning:
         recipe = {"epochs": 30, "batch_size": 512, "lr": 2e-6, "warmup": 0.0, "floor": 0.05,
                   "weight_decay": 1e-8}
@@ -853,7 +853,7 @@ def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
                   "floor": 1 / 80, "clip": 1.0}
     else:
         recipe = {"epochs": 300, "batch_size": 1024, "lr": 1e-3}
-    if data == "imagenet" and "batch_size" in given:  # the rate grows with the batch
+    if data == "imagenet" and not new_head and "batch_size" in given:  # the rate grows with it
         recipe["lr"] *= given["batch_size"] / recipe["batch_size"]
     epochs = given.get("epochs", recipe["epochs"])
     if data != "imagenet":  # stronger augmentation and mixing hurt short runs (lab/RESULTS.md)

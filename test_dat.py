@@ -1122,7 +1122,9 @@ AUTHORS = LONG | {"batch_size": 1024, "micro_batch": 128, "lr": 1e-3, "warmup": 
     ("imagenet", "dat-b-384", {}, {"fine_tuning": True}, AUTHORS | dict(
         epochs=30, batch_size=512, lr=2e-6, warmup=0, floor=0.05, weight_decay=1e-8)),
     ("imagenet", "dat-t", {}, {"fine_tuning": True, "new_head": True},
-     AUTHORS | dict(epochs=30, batch_size=64, micro_batch=64, lr=1.25e-4)),
+     AUTHORS | dict(epochs=30, batch_size=16, micro_batch=16, lr=5e-4, augment="light", mixed=0.0)),
+    ("imagenet", "dat-t", {"batch_size": 64}, {"fine_tuning": True, "new_head": True},  # same rate
+     AUTHORS | dict(epochs=30, batch_size=64, micro_batch=64, lr=5e-4, augment="light", mixed=0.0)),
     ("shapes", "cifar-nano", {}, {},
      SHORT | dict(epochs=3, batch_size=64, lr=3e-3, warmup=0.25, micro_batch=64)),
     ("cifar10", "cifar-nano", {}, {},
@@ -1881,8 +1883,13 @@ def test_every_study_runs(tiny, monkeypatch, name):
     recipe_for = dat.recipe_for
     monkeypatch.setattr(dat, "recipe_for", lambda *args, **options: replace(
         recipe_for(*args, **options), batch_size=4, micro_batch=4))
+    sides, measure = [], study.measure
+    monkeypatch.setattr(study, "measure", lambda network, images, *rest: (
+        sides.append(images.shape[2]) or measure(network, images, *rest)))
     out = run_lab(monkeypatch, "study", f"{name} --epochs 1 --seeds 1", TEST_IMAGES=8)
-    assert all(f"\n{label} | " in out for label in study.STUDIES[name])
+    assert name != "sizes" or sides == [32, *study.SIDES]
+    more = {"offsets": ["learned, taken out"], "sizes": [f"{side} px" for side in study.SIDES]}
+    assert all(f"\n{label} | " in out for label in [*study.STUDIES[name], *more.get(name, [])])
 
 
 @pytest.mark.parametrize("data", ["shapes", "cifar10", "cifar100"])
@@ -2043,6 +2050,16 @@ def test_every_printed_command_runs(folder, monkeypatch):
             assert (code, err) == (0, ""), command
         else:
             run_lab(monkeypatch, script, flags, **{"FOLDER": Path()} if script == "figures" else {})
+
+
+def test_the_readmes_code_runs():
+    """Red if the lines to copy fail, or load the authors' weights into other points."""
+    authors = DAT(replace(dat.VARIANTS["dat-t"], geometry="release"))
+    torch.save({"model": authors.state_dict()}, "dat_tiny_in1k_224.pth")
+    names, [code] = {}, re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["logits"].shape == (2, 1000) and names["model"].config.geometry == "release"
+    assert torch.equal(names["model"].head.weight, authors.head.weight)
 
 
 def tutorial_blocks(language):

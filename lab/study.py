@@ -3,7 +3,8 @@
     python lab/study.py offsets --epochs 3 --seeds 3
 
 A study changes one field of the model: offsets (the main question), range (s), groups (G), stride
-(r), position, geometry, windows. A run is `dat.py --train shapes` on one thread. The table holds
+(r), position, geometry, windows; or, for sizes, the size of the images in the test. A run is
+`dat.py --train shapes` on one thread. The table holds
 the accuracy on test images, and means over the D blocks, in %: on, points on the object (the mask's
 value; off the image 0); on other, the same on another image's mask, which a layout blind to the
 image gets too; att, att other, the same weighted by the attention a point receives; outside, points
@@ -26,6 +27,7 @@ from lab.command import run
 from lab.draw import inspect
 
 TEST_IMAGES = 2000
+SIDES = (24, 40, 48, 64)  # px, in the study `sizes`; figures grow with the image
 
 
 def model(dims=(48, 96), blocks="LD/LD", patch=4, offsets=True, position="relative",
@@ -45,6 +47,7 @@ STUDIES = {
     "stride": {f"r={r}": model(stride=r) for r in (1, 2, 4)},
     "geometry": {name: model(geometry=name) for name in ("paper", "release")},
     "position": {name: model(position=name) for name in ("relative", "fixed", "none")},
+    "sizes": {"32 px": model()},
     "windows": {blocks: model((24, 48, 96, 192), blocks, patch=2)
                 for blocks in ("LS/LS/LD/LD", "LS/LD/LD/LD", "LD/LD/LD/LD")}}
 
@@ -103,6 +106,10 @@ def main(parser):
                     if isinstance(module, dat.DeformableAttention):
                         module.offset = None
                 table.setdefault("learned, taken out", []).append(measure(network, *test))
+            if args.study == "sizes":
+                for side in SIDES:
+                    resized = dat.make_shapes(TEST_IMAGES, seed=0, side=side)
+                    table.setdefault(f"{side} px", []).append(measure(network, *resized))
     print(f"\n{args.seeds} seeds, {args.epochs} epochs; mean (smallest to largest)\n")
     print(args.study, *table[label][0], sep=" | ")
     for label, rows in table.items():

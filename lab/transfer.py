@@ -85,7 +85,7 @@ def main(parser):
     start = ["--checkpoint", args.pretrained]
     if args.scratch:  # the recipe of a new head
         dat.recipe_for = lambda *given, **options: recipe_for(
-            *given, **options | {"fine_tuning": True, "new_head": True})
+            *given, **options | {"new_head": True})
         start = ["--model", "cifar-nano"]
     results = []
     for seed in range(args.seeds):
