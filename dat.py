@@ -844,7 +844,7 @@ def recipe_for(data, given, *, world=1, fine_tuning=False, new_head=False):
     elif data != "imagenet":
         recipe = {"epochs": 5, "batch_size": 128, "lr": 2e-3, "warmup": 0.05, "optimizer": "muon"}
     elif new_head:  # for hundreds or thousands of images (lab/RESULTS.md)
-        recipe = {"epochs": 30, "batch_size": 16, "lr": 5e-4, "augment": "light", "mixed": 0.0}
+        recipe = {"epochs": 30, "batch_size": 16, "lr": 2e-4, "augment": "light", "mixed": 0.0}
     elif fine_tuning:
         recipe = {"epochs": 30, "batch_size": 512, "lr": 2e-6, "warmup": 0.0, "floor": 0.05,
                   "weight_decay": 1e-8}

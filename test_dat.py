@@ -1122,9 +1122,9 @@ AUTHORS = LONG | {"batch_size": 1024, "micro_batch": 128, "lr": 1e-3, "warmup": 
     ("imagenet", "dat-b-384", {}, {"fine_tuning": True}, AUTHORS | dict(
         epochs=30, batch_size=512, lr=2e-6, warmup=0, floor=0.05, weight_decay=1e-8)),
     ("imagenet", "dat-t", {}, {"fine_tuning": True, "new_head": True},
-     AUTHORS | dict(epochs=30, batch_size=16, micro_batch=16, lr=5e-4, augment="light", mixed=0.0)),
+     AUTHORS | dict(epochs=30, batch_size=16, micro_batch=16, lr=2e-4, augment="light", mixed=0.0)),
     ("imagenet", "dat-t", {"batch_size": 64}, {"fine_tuning": True, "new_head": True},  # same rate
-     AUTHORS | dict(epochs=30, batch_size=64, micro_batch=64, lr=5e-4, augment="light", mixed=0.0)),
+     AUTHORS | dict(epochs=30, batch_size=64, micro_batch=64, lr=2e-4, augment="light", mixed=0.0)),
     ("shapes", "cifar-nano", {}, {},
      SHORT | dict(epochs=3, batch_size=64, lr=3e-3, warmup=0.25, micro_batch=64)),
     ("cifar10", "cifar-nano", {}, {},

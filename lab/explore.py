@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from PIL import Image
@@ -64,7 +65,7 @@ def main(parser):
     args = parser.parse_args()
     image, views, title = look(args)
     tutorial = Path(os.path.relpath(HERE.parent / "tutorial.md", Path(args.out).parent))
-    content = page(image, views, title, tutorial.as_posix()).encode()
+    content = page(image, views, title, quote(tutorial.as_posix())).encode()
     dat.write_atomically(args.out, content)
     print(f"{title}: open {args.out} in a browser ({len(content) / 1000:.0f} kB)")
 
