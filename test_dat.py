@@ -1806,7 +1806,8 @@ def test_the_page_to_touch_holds_the_models_numbers(position):
         sampled = module.sample(z, points)[0].T  # (C, K)
         for g, (channel, values) in enumerate(zip(block["channels"], block["maps"], strict=True)):
             assert channel // 4 == g
-            sums = [loops.bilinear(np.array(values)[..., None], *yx)[0] for yx in block["points"][g]]
+            values, places = np.array(values)[..., None], block["points"][g]
+            sums = [loops.bilinear(values, *yx)[0] for yx in places]
             close(sums, sampled[channel], 1e-4)
         if position == "relative":  # equation 9: the table, read at R + (H - 1, W - 1)
             table, R = np.array(block["tables"]), np.array(block["queries"])[:, None]
@@ -1977,7 +1978,7 @@ def test_settings_are_chosen_on_images_held_out(tiny, monkeypatch):
 def test_own_classes_start_from_a_trained_model(tiny, monkeypatch, flags):
     """Red if lab/transfer.py tests on images that it trains on, mixes up the classes, or does not
     start from the trained model (with --scratch: does)."""
-    greys = {"train": torch.arange(120), "test": torch.arange(200, 240)}  # image i is of class i % 10
+    greys = {"train": torch.arange(120), "test": torch.arange(200, 240)}  # of class grey % 10
     def load(name, root, split):
         if name != "cifar10":
             return load_dataset(name, root, split)
@@ -1991,7 +1992,8 @@ def test_own_classes_start_from_a_trained_model(tiny, monkeypatch, flags):
         if not runs:  # the run of the first five classes
             seen = [[int(label) for _, label in images] for images in both]
         else:
-            seen = [[int(np.unique(Image.open(path)).item()) for path, _ in images] for images in both]
+            seen = [[int(np.array(Image.open(path)).mean()) for path, _ in images]
+                    for images in both]
             assert all("fghij"[label] == Path(path).parent.name for path, label in sum(both, []))
         runs.append((seen, model.stages[0].blocks[0].mlp["expand"].weight.detach().clone()))
         return train(model, train_images, test_images, *rest)
@@ -2009,7 +2011,8 @@ def test_own_classes_start_from_a_trained_model(tiny, monkeypatch, flags):
         assert sorted(grey % 10 for grey in train_greys) == sorted([5, 6, 7, 8, 9] * 2)
         assert len({*train_greys}) == 10 and max(train_greys) < 100
         assert sorted(grey % 10 for grey in test_greys) == [5, 6, 7, 8, 9]
-        assert all((100 <= grey < 120) if "--choose" in flags else grey >= 200 for grey in test_greys)
+        first_grey = 100 if "--choose" in flags else 200
+        assert all(first_grey <= grey < first_grey + 40 for grey in test_greys)
         assert torch.equal(start, weights) == (flags != "--scratch")
     assert others[0][0][0] != others[1][0][0] and others[0][0][1] == others[1][0][1]
 
@@ -2056,7 +2059,8 @@ def test_the_readmes_code_runs():
     """Red if the lines to copy fail, or load the authors' weights into other points."""
     authors = DAT(replace(dat.VARIANTS["dat-t"], geometry="release"))
     torch.save({"model": authors.state_dict()}, "dat_tiny_in1k_224.pth")
-    names, [code] = {}, re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    text, names = (HERE / "README.md").read_text(), {}
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile(code, "README.md", "exec"), names)
     assert names["logits"].shape == (2, 1000) and names["model"].config.geometry == "release"
     assert torch.equal(names["model"].head.weight, authors.head.weight)
