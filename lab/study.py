@@ -4,11 +4,10 @@
 
 A study changes one field of the model: offsets (the main question), range (s), groups (G), stride
 (r), position, geometry, windows; or, for sizes, the size of the images in the test. A run is
-`dat.py --train shapes` on one thread. The table holds
-the accuracy on test images, and means over the D blocks, in %: on, points on the object (the mask's
-value; off the image 0); on other, the same on another image's mask, which a layout blind to the
-image gets too; att, att other, the same weighted by the attention a point receives; outside, points
-off the image.
+`dat.py --train shapes` on one thread. The table holds the accuracy on test images, and means over
+the D blocks, in %: on, points on the object (the mask's value; off the image 0); on other, the same
+on another image's mask, which a layout blind to the image gets too; att, att other, the same
+weighted by the attention a point receives; outside, points off the image.
 """
 import contextlib
 import io
